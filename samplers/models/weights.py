@@ -1,0 +1,66 @@
+"""Reads a file of plain weights without running anything that is in it.
+
+Knows nothing of the network that the weights belong to.
+"""
+
+import hashlib
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samplers.errors import InputError
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hex; InputError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `torch.save` file: name → tensor on the CPU, floating point ones as float32.
+
+    Only tensors and plain containers are unpickled (`weights_only`); a file that asks for anything else is
+    refused before it runs. Raises InputError naming the file, and the entry where there is one.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd files, which are refused anyhow
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle or archive can raise anything, OSError too
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise InputError(
+                f"{path} holds more than weights: it asks for {asked[1]}. Nothing of it was run. "
+                "Save the state dict alone: torch.save(model.state_dict(), path)"
+            ) from None
+        raise InputError(
+            f"{path} is damaged, or no state dict written by torch.save ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, where a state dict (name → tensor) is needed"
+        )
+    return {str(name): _usable(path, str(name), value) for name, value in content.items()}
+
+
+def _usable(path: Path, name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        inner = isinstance(value, dict) and value and all(isinstance(part, Tensor) for part in value.values())
+        hint = f"; the weights seem to lie under {name!r}: save that part alone" if inner else ""
+        raise InputError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor{hint}")
+    if not value.is_floating_point():
+        return value
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{path}: parameter {name!r} holds NaN or infinity")
+    return value.float()
