@@ -1,1 +1,4 @@
-"""Diffusion sampling with an epsilon-scaling schedule: networks, grids, solvers and noise. Knows nothing of distances, trials or databases."""
+"""Diffusion sampling with an epsilon-scaling schedule: networks, grids, solvers and noise.
+
+Knows nothing of distances, trials or databases.
+"""

@@ -21,7 +21,9 @@ LABEL_DRAW = _MASK  # a draw index that no solver step reaches
 PRIOR_DRAW = _MASK - 1
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of a 128-bit counter under a 64-bit key.
 
     counter: four int64 tensors with values in [0, 2³²), broadcastable. seed: taken modulo 2⁶⁴.
@@ -32,7 +34,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     for _ in range(_ROUNDS):
         # A 32×32-bit product needs 64 bits; int64 wraps, but keeps every bit, and the mask undoes the sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1, c2, c3
 

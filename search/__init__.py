@@ -1,1 +1,4 @@
-"""Decides what to try and runs it: job files, strategies, the Ray and Optuna layers, reports and the command line."""
+"""Decides what to try and runs it: job files, strategies, the Ray and Optuna layers, the command line.
+
+Knows nothing of networks and features beyond how to load them.
+"""

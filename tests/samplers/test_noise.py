@@ -39,7 +39,9 @@ def test_philox_gives_the_published_known_answers(counter, key, answer):
 def test_philox_agrees_with_plain_integers_on_random_counters():
     counters = np.random.default_rng(0).integers(0, 2**32, (50, 4))
     words = noise.philox(tuple(torch.from_numpy(c) for c in counters.T.copy()), 12345 << 20)
-    expected = [_plain_philox([int(c) for c in row], ((12345 << 20) % 2**32, (12345 << 20) >> 32)) for row in counters]
+    expected = [
+        _plain_philox([int(c) for c in row], ((12345 << 20) % 2**32, (12345 << 20) >> 32)) for row in counters
+    ]
     assert torch.stack(words, 1).tolist() == [list(e) for e in expected]
 
 
@@ -70,7 +72,7 @@ def test_normal_numbers_are_standard_normal_and_uncorrelated():
 def test_uniform_numbers_are_uniform_inside_the_open_interval():
     u = noise.uniform(3, torch.arange(5000), noise.PRIOR_DRAW, 3)
     assert u.shape == (5000, 3)
-    assert 0 < u.min()
+    assert u.min() > 0
     assert u.max() < 1
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
 
