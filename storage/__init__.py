@@ -1,0 +1,10 @@
+"""The SQL store of jobs and evaluations, beside Optuna's own tables, and its query for the best schedule.
+
+Knows nothing of torch, images or strategies.
+"""
+
+from storage.errors import NotInStore
+from storage.records import Best, Evaluation, Evaluator, Job, NewJob
+from storage.store import Store, open_store
+
+__all__ = ["Best", "Evaluation", "Evaluator", "Job", "NewJob", "NotInStore", "Store", "open_store"]

@@ -1,0 +1,445 @@
+"""The store: opens the database, keeps jobs and evaluations, finds the best schedule.
+
+Knows nothing of how an evaluation is made.
+
+One process writes per job (see `Store.claim`); any number read. Values go in and come out as the frozen
+dataclasses of `records`; no SQLAlchemy object leaves. Every write is one short transaction of its own, so
+after a kill -9 the store holds everything that was reported.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from difflib import SequenceMatcher
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from sqlalchemy import URL, ColumnElement, CursorResult, Select, select, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from samplers.errors import InputError, LamtuneError
+from samplers.schedule import Schedule
+from storage import upgrade
+from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe
+from storage.errors import NotInStore
+from storage.records import Best, Evaluation, Evaluator, Job, JobStatus, NewJob
+from storage.tables import EvaluationRow, EvaluatorRow, JobRow
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+_S = TypeVar("_S", bound=Select[*tuple[Any, ...]])
+
+_OVER = ("finished", "failed", "cancelled")
+_NEAREST = 8  # how many combinations NotInStore names
+
+
+def open_store(url: str | None = None) -> "Store":
+    """Open the store at `url` and bring its tables up to date.
+
+    The default is LAMTUNE_STORE, else sqlite:///lamtune.db. `sqlite:///FILE` is made if it does not exist;
+    `postgresql://USER:PASSWORD@HOST/NAME` must. Use it as a context manager, or call `close`. InputError
+    where the URL cannot be read, opened or written, psycopg is missing, or a newer lamtune has been there.
+    """
+    return Store(parse(url or default_url()))
+
+
+class Store:
+    """An open store; may be used from several threads. Make it with `open_store`."""
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+        self._readers = make_engine(url)
+        self._writers = self._readers.execution_options(write=True)
+        try:
+            self._upgrade()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def safe_url(self) -> str:
+        """The database's URL without its password."""
+        return safe(self._url)
+
+    def __repr__(self) -> str:
+        return f"Store({self.safe_url!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; Optuna storages from this store stay usable."""
+        self._readers.dispose()
+
+    def _upgrade(self) -> None:
+        failure: Exception | None = None
+        try:
+            with self._writers.begin() as connection:
+                found = upgrade.version(connection)
+                upgrade.refuse_newer(found, self.safe_url)
+                if found == upgrade.HEAD:
+                    upgrade.check_writable(connection)
+                else:
+                    upgrade.upgrade(connection, self.safe_url)
+        except (SQLAlchemyError, OSError, UnicodeError) as error:
+            failure = error
+        if failure is not None:  # raised out here, so that the driver's error is not chained
+            raise InputError(f"the store {self.safe_url} cannot be opened: {redacted(self._url, failure)}")
+
+    @contextmanager
+    def _session(self, *, write: bool = False) -> Iterator[Session]:
+        """One transaction; the database's errors come out as LamtuneError."""
+        engine = self._writers if write else self._readers
+        try:
+            with Session(engine, expire_on_commit=False) as session, session.begin():
+                yield session
+        except SQLAlchemyError as error:
+            raise LamtuneError(f"the store {self.safe_url} failed: {redacted(self._url, error)}") from None
+
+    # ---- jobs
+
+    def create_job(self, new: NewJob) -> Job:
+        """Add a queued job; InputError if its study name is taken."""
+        now = datetime.now(UTC)
+        with self._session(write=True) as session:
+            if (taken := self._by_study(session, new.study_name)) is not None:
+                raise InputError(
+                    f"the store {self.safe_url} has the study {new.study_name!r} already, as job {taken.id}"
+                )
+            row = JobRow(
+                study_name=new.study_name,
+                model=new.model,
+                model_fingerprint=new.model_fingerprint,
+                dataset=new.dataset,
+                solver=new.solver,
+                sampling=dict(new.sampling),
+                nfe=new.nfe,
+                strategy=new.strategy,
+                images=new.images,
+                seed=new.seed,
+                spec=dict(new.spec),
+                evaluator=self._evaluator(session, new.evaluator),
+                status="queued",
+                created_at=now,
+                updated_at=now,
+            )
+            session.add(row)
+            session.flush()
+            return row.record()
+
+    @staticmethod
+    def _evaluator(session: Session, evaluator: Evaluator) -> EvaluatorRow:
+        """The evaluator's row, added if need be; another process may add the same one at the same time."""
+        known = select(EvaluatorRow).where(EvaluatorRow.fingerprint == evaluator.fingerprint)
+        if (row := session.scalars(known).first()) is not None:
+            return row
+        row = EvaluatorRow(
+            fingerprint=evaluator.fingerprint,
+            features=evaluator.features,
+            dimension=evaluator.dimension,
+            reference=evaluator.reference,
+            details=dict(evaluator.details),
+        )
+        try:
+            with session.begin_nested():
+                session.add(row)
+        except IntegrityError:
+            return session.scalars(known).one()
+        return row
+
+    @staticmethod
+    def _by_study(session: Session, study_name: str) -> JobRow | None:
+        return session.scalars(select(JobRow).where(JobRow.study_name == study_name)).first()
+
+    def _job(self, session: Session, job_id: int) -> JobRow:
+        row = session.get(JobRow, job_id)
+        if row is None:
+            raise NotInStore(
+                f"the store {self.safe_url} has no job {job_id}: `lamtune jobs` lists those it has"
+            )
+        return row
+
+    def job(self, job_id: int) -> Job:
+        """One job; NotInStore if there is none with that id."""
+        with self._session() as session:
+            return self._job(session, job_id).record()
+
+    def find_job(self, study_name: str) -> Job | None:
+        """The job of an Optuna study, None if there is none: what a resumed search asks first."""
+        with self._session() as session:
+            row = self._by_study(session, study_name)
+            return None if row is None else row.record()
+
+    def jobs(
+        self,
+        model: str | None = None,
+        dataset: str | None = None,
+        status: JobStatus | None = None,
+        limit: int = 50,
+        before_id: int | None = None,
+    ) -> tuple[Job, ...]:
+        """The newest jobs first, at most `limit`; for the next page give the last one's id as `before_id`."""
+        query = select(JobRow).order_by(JobRow.id.desc()).limit(limit)
+        if model is not None:
+            query = query.where(JobRow.model == model)
+        if dataset is not None:
+            query = query.where(JobRow.dataset == dataset)
+        if status is not None:
+            query = query.where(JobRow.status == status)
+        if before_id is not None:
+            query = query.where(JobRow.id < before_id)
+        with self._session() as session:
+            return tuple(row.record() for row in session.scalars(query))
+
+    def set_status(self, job_id: int, status: JobStatus, error: str | None = None) -> Job:
+        """Move a job to `status`, with a text for people if it failed; NotInStore if it is not there."""
+        now = datetime.now(UTC)
+        with self._session(write=True) as session:
+            row = self._job(session, job_id)
+            row.status, row.error, row.updated_at = status, error, now
+            row.finished_at = now if status in _OVER else None
+            session.flush()
+            return row.record()
+
+    def claim(self, job_id: int, *, stale_after: float) -> bool:
+        """Make the caller the job's one writer, and the job running; False if another process holds it.
+
+        A running job is held while its last sign of life (`Job.updated_at`) is younger than `stale_after`
+        seconds, so call `heartbeat` more often than that. One statement decides, so of two callers one gets
+        the job. The hosts' clocks must agree better than `stale_after`. NotInStore if there is no such job.
+        """
+        now = datetime.now(UTC)
+        stale = JobRow.updated_at < now - timedelta(seconds=stale_after)
+        free = update(JobRow).where(JobRow.id == job_id, (JobRow.status != "running") | stale)
+        with self._session(write=True) as session:
+            self._job(session, job_id)
+            taken = session.execute(
+                free.values(status="running", error=None, updated_at=now, finished_at=None)
+            )
+            assert isinstance(taken, CursorResult)
+            return bool(taken.rowcount)
+
+    def heartbeat(self, job_id: int) -> JobStatus:
+        """Record a sign of life; return the status, which another process may have set to cancelled."""
+        with self._session(write=True) as session:
+            row = self._job(session, job_id)
+            row.updated_at = datetime.now(UTC)
+            session.flush()
+            return row.record().status
+
+    # ---- evaluations
+
+    def start_evaluation(self, job_id: int, number: int, phase: str, schedule: Schedule) -> Evaluation:
+        """Add a running evaluation of `schedule`; `number` is Optuna's trial number, new in the job.
+
+        `phase`: what the strategy calls this part of the search (baseline, coarse, fine, k, …).
+        """
+        now = datetime.now(UTC)
+        with self._session(write=True) as session:
+            job = self._job(session, job_id)
+            assert schedule.nfe == job.nfe, (schedule.nfe, job.nfe)
+            job.updated_at = now
+            row = EvaluationRow(
+                job_id=job_id,
+                number=number,
+                phase=phase,
+                k=schedule.k,
+                b=schedule.b,
+                mean=schedule.mean,
+                lambdas=list(schedule.lambdas),
+                state="running",
+                images=0,
+                rungs={},
+                network_evaluations=0,
+                seconds=0.0,
+                started_at=now,
+            )
+            session.add(row)
+            session.flush()
+            return row.record()
+
+    @contextmanager
+    def _running(self, evaluation_id: int) -> Iterator[EvaluationRow]:
+        """A running evaluation to change; LamtuneError if it is over, NotInStore if it is not there."""
+        with self._session(write=True) as session:
+            row = session.get(EvaluationRow, evaluation_id, with_for_update=True)
+            if row is None:
+                raise NotInStore(f"the store {self.safe_url} has no evaluation {evaluation_id}")
+            if row.state != "running":
+                raise LamtuneError(
+                    f"evaluation {row.number} of job {row.job_id} is {row.state} and cannot change any more"
+                )
+            yield row
+            self._job(session, row.job_id).updated_at = datetime.now(UTC)
+            session.flush()
+
+    def report_rung(
+        self, evaluation_id: int, *, images: int, distance: float, network_evaluations: int, seconds: float
+    ) -> Evaluation:
+        """Record the distance at `images` images, and what the evaluation has cost in all so far.
+
+        Image counts and costs only grow. LamtuneError for a distance that is not finite: fail the evaluation.
+        """
+        if not math.isfinite(distance):
+            raise LamtuneError(
+                f"the distance at {images} images is {distance}: such an evaluation has failed"
+            )
+        with self._running(evaluation_id) as row:
+            if images <= row.images:
+                raise LamtuneError(
+                    f"evaluation {row.number} of job {row.job_id} is past {images} images, at {row.images}"
+                )
+            assert network_evaluations >= row.network_evaluations
+            assert seconds >= row.seconds
+            row.images, row.distance = images, distance
+            row.rungs = {**row.rungs, str(images): distance}
+            row.network_evaluations, row.seconds = network_evaluations, seconds
+        return row.record()
+
+    def finish_evaluation(self, evaluation_id: int, *, pruned: bool = False) -> Evaluation:
+        """Close an evaluation at its last rung: complete, or pruned. LamtuneError if it has no rung."""
+        with self._running(evaluation_id) as row:
+            if row.distance is None and not pruned:
+                raise LamtuneError(
+                    f"evaluation {row.number} of job {row.job_id} has no distance to finish with"
+                )
+            row.state = "pruned" if pruned else "complete"
+            row.finished_at = datetime.now(UTC)
+        return row.record()
+
+    def fail_evaluation(self, evaluation_id: int, error: str) -> Evaluation:
+        """Close an evaluation that went wrong, with the error's text for people; its rungs and costs stay."""
+        with self._running(evaluation_id) as row:
+            row.state, row.error, row.finished_at = "failed", error, datetime.now(UTC)
+        return row.record()
+
+    def evaluations(self, job_id: int) -> tuple[Evaluation, ...]:
+        """A job's evaluations by ascending number; NotInStore if there is no such job."""
+        with self._session() as session:
+            self._job(session, job_id)
+            return self._tried(session, job_id)
+
+    @staticmethod
+    def _tried(session: Session, job_id: int) -> tuple[Evaluation, ...]:
+        query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
+        return tuple(row.record() for row in session.scalars(query))
+
+    # ---- the best schedule
+
+    def best(self, model: str, dataset: str, nfe: int, solver: str | None = None) -> Best:
+        """The schedule of the lowest distance for a (model, dataset, NFE) and, if given, a solver.
+
+        Only complete evaluations at their job's full image count rank, and only among jobs of one group: the
+        same evaluator, image count, seed and model weights. The group of the newest job with a ranking
+        evaluation wins. Of equal distances the first evaluated wins, so λ = 1, which comes first, gives way
+        only to a gain. NotInStore if nothing ranks; the message lists what does.
+        """
+        asked = [JobRow.model == model, JobRow.dataset == dataset, JobRow.nfe == nfe]
+        if solver is not None:
+            asked.append(JobRow.solver == solver)
+        with self._session() as session:
+            newest_first = _ranking(select(JobRow), *asked).order_by(JobRow.id.desc())
+            newest = session.scalars(newest_first.limit(1)).first()
+            if newest is None:
+                raise NotInStore(self._nearest(session, model, dataset, nfe, solver))
+            group = (
+                JobRow.evaluator_id == newest.evaluator_id,
+                JobRow.images == newest.images,
+                JobRow.seed == newest.seed,
+                JobRow.model_fingerprint == newest.model_fingerprint,
+            )
+            ranked = _ranking(select(EvaluationRow, JobRow), *asked, *group)
+            ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
+            winner, job = (row.record() for row in session.execute(ranked).one())
+            tried = self._tried(session, job.id)
+        assert winner.distance is not None
+        baselines = (
+            one.distance
+            for one in tried
+            if one.state == "complete" and one.images == job.images and set(one.lambdas) == {1.0}
+        )
+        return Best(
+            model=job.model,
+            model_fingerprint=job.model_fingerprint,
+            dataset=job.dataset,
+            solver=job.solver,
+            sampling=job.sampling,
+            nfe=job.nfe,
+            k=winner.k,
+            b=winner.b,
+            lambdas=winner.lambdas,
+            distance=winner.distance,
+            baseline_distance=next(baselines, None),
+            images=job.images,
+            seed=job.seed,
+            evaluator=job.evaluator.fingerprint,
+            job_id=job.id,
+            number=winner.number,
+            status=job.status,
+            trials=len(tried),
+            network_evaluations=sum(one.network_evaluations for one in tried),
+            seconds=math.fsum(one.seconds for one in tried),
+        )
+
+    def _nearest(self, session: Session, model: str, dataset: str, nfe: int, solver: str | None) -> str:
+        """The message of NotInStore: what was asked, and the combinations most like it that have a result."""
+        wanted = f"model {model}, dataset {dataset}" + (f", solver {solver}" if solver else "")
+        found: dict[str, list[int]] = {}
+        columns = (JobRow.model, JobRow.dataset, JobRow.solver, JobRow.nfe)
+        known = _ranking(select(*columns)).distinct().order_by(*columns)
+        for name, data, by, steps in session.execute(known):
+            found.setdefault(f"model {name}, dataset {data}, solver {by}", []).append(steps)
+        message = f"the store {self.safe_url} has no result for {wanted}, NFE {nfe}"
+        if not found:
+            return f"{message}, nor for any other: `lamtune submit` a job"
+        nearest = sorted(found, key=lambda name: -SequenceMatcher(None, wanted, name).ratio())
+        lines = [f"  {name}, NFE {', '.join(map(str, found[name]))}" for name in nearest[:_NEAREST]]
+        more = [f"  and {len(nearest) - _NEAREST} more"] if len(nearest) > _NEAREST else []
+        return "\n".join([f"{message}; it has", *lines, *more])
+
+    # ---- Optuna
+
+    def optuna_storage(self) -> "RDBStorage":
+        """A new Optuna storage on this database, its tables made if need be; ours are not touched.
+
+        InputError where another version of Optuna made its tables; LamtuneError where the database fails.
+        """
+        from optuna.exceptions import StorageInternalError  # heavy, and only a search needs it
+        from optuna.storages import RDBStorage
+
+        # Optuna fills {templates} in its URL; braces of ours are percent-encoded here.
+        url = self._url.render_as_string(hide_password=False)
+        failure: Exception = LamtuneError("never tried")
+        for _ in range(20):
+            try:
+                return RDBStorage(url, engine_kwargs=driver_options(self._url))
+            except (SQLAlchemyError, StorageInternalError) as error:
+                # Optuna takes no lock while it makes its tables: of several processes that start together
+                # on an empty database the slower ones fail, and succeed once the tables stand.
+                failure = error
+                time.sleep(0.1)
+            except RuntimeError as error:  # Optuna's word for tables of another version
+                failure = InputError(f"the store {self.safe_url}: {redacted(self._url, error)}")
+                break
+        if isinstance(failure, InputError):
+            raise failure
+        raise LamtuneError(f"the store {self.safe_url} failed: {redacted(self._url, failure)}")
+
+
+def _ranking(query: _S, *conditions: ColumnElement[bool]) -> _S:
+    """`query` over jobs with those of their evaluations that rank and meet the conditions."""
+    return query.where(
+        EvaluationRow.job_id == JobRow.id,
+        EvaluationRow.state == "complete",
+        EvaluationRow.images == JobRow.images,
+        *conditions,
+    )

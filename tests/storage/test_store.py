@@ -1,0 +1,582 @@
+"""The contract of the store, run on every database that it supports."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import optuna
+import pytest
+from sqlalchemy import create_engine, inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from samplers.errors import InputError, LamtuneError
+from samplers.schedule import Schedule
+from storage import Best, Evaluation, Evaluator, Job, NewJob, NotInStore, Store, open_store
+from storage.connection import make_engine, parse
+
+ROOT = Path(__file__).parents[2]
+IMAGES = 1000
+NFE = 4
+
+
+def evaluator(fingerprint: str = "e1") -> Evaluator:
+    details = {"dtype": "float64", "resize": None}
+    return Evaluator(fingerprint=fingerprint, features="digits", dimension=8, reference="r1", details=details)
+
+
+def new_job(study_name: str, **changes: Any) -> NewJob:
+    fields: dict[str, Any] = {
+        "study_name": study_name,
+        "model": "adm",
+        "model_fingerprint": "w1",
+        "dataset": "cifar10",
+        "solver": "ddpm",
+        "sampling": {"variance": "learned_range", "clip": True, "seeds": [1, 2]},
+        "nfe": NFE,
+        "strategy": "paper",
+        "images": IMAGES,
+        "seed": 7,
+        "spec": {"model": {"name": "adm", "λ": 1.017}},
+        "evaluator": evaluator(),
+    }
+    return NewJob(**(fields | changes))
+
+
+def evaluated(
+    store: Store, job: Job, number: int, schedule: float | Schedule, distance: float, images: int = IMAGES
+) -> Evaluation:
+    """A complete evaluation of a uniform b or of a schedule, of 0.5 s per image."""
+    if isinstance(schedule, float):
+        schedule = Schedule.uniform(job.nfe, schedule)
+    started = store.start_evaluation(job.id, number, "coarse", schedule)
+    cost = images * job.nfe
+    store.report_rung(
+        started.id, images=images, distance=distance, network_evaluations=cost, seconds=images / 2
+    )
+    return store.finish_evaluation(started.id)
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    with open_store(url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def execute(url: str) -> Iterator[Callable[[str], None]]:
+    """Run SQL behind the store's back."""
+    engine = create_engine(parse(url))
+
+    def run(statement: str) -> None:
+        with engine.begin() as connection:
+            connection.execute(text(statement))
+
+    yield run
+    engine.dispose()
+
+
+class TestJobs:
+    def test_a_new_job_is_queued_and_comes_back_as_it_was_given(self, store: Store) -> None:
+        before = datetime.now(UTC)
+        new = new_job("s")
+        made = store.create_job(new)
+        assert {field.name: getattr(made, field.name) for field in dataclasses.fields(NewJob)} == {
+            field.name: getattr(new, field.name) for field in dataclasses.fields(NewJob)
+        }
+        assert (made.status, made.error, made.finished_at) == ("queued", None, None)
+        assert before <= made.created_at == made.updated_at <= datetime.now(UTC)
+        again = store.job(made.id)
+        assert again == made == store.find_job("s")
+        assert again.created_at.utcoffset() == timedelta(0)
+
+    def test_the_largest_seed_survives(self, store: Store) -> None:
+        assert store.job(store.create_job(new_job("s", seed=2**63 - 1)).id).seed == 2**63 - 1
+
+    def test_a_taken_study_name_is_refused_and_names_the_job(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        with pytest.raises(InputError, match=f"study 's' already, as job {job.id}"):
+            store.create_job(new_job("s"))
+
+    def test_what_is_not_there_is_not_in_the_store(self, store: Store) -> None:
+        assert store.find_job("s") is None
+        questions: list[Callable[[], object]] = [
+            lambda: store.job(1),
+            lambda: store.evaluations(1),
+            lambda: store.set_status(1, "failed"),
+            lambda: store.heartbeat(1),
+            lambda: store.claim(1, stale_after=1),
+            lambda: store.start_evaluation(1, 0, "coarse", Schedule.uniform(NFE, 1.0)),
+            lambda: store.finish_evaluation(1),
+        ]
+        for question in questions:
+            with pytest.raises(NotInStore, match="1") as caught:
+                question()
+            assert caught.value.exit_code == 1
+
+    def test_a_status_sets_and_clears_the_end_and_the_error(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        failed = store.set_status(job.id, "failed", "out of memory")
+        assert (failed.status, failed.error) == ("failed", "out of memory")
+        assert failed.finished_at == failed.updated_at >= job.updated_at
+        running = store.set_status(job.id, "running")
+        assert (running.status, running.error, running.finished_at) == ("running", None, None)
+        for status in ("finished", "cancelled"):
+            assert store.set_status(job.id, status).finished_at is not None
+        assert store.job(job.id).created_at == job.created_at
+
+    def test_the_database_refuses_an_unknown_status(
+        self, store: Store, execute: Callable[[str], None]
+    ) -> None:
+        store.create_job(new_job("s"))
+        with pytest.raises(IntegrityError):
+            execute("UPDATE lamtune_jobs SET status = 'lost'")
+
+    def test_the_newest_jobs_come_first_page_by_page(self, store: Store) -> None:
+        ids = [store.create_job(new_job(f"s{i}")).id for i in range(5)]
+        first = store.jobs(limit=2)
+        second = store.jobs(limit=2, before_id=first[-1].id)
+        third = store.jobs(limit=2, before_id=second[-1].id)
+        assert [job.id for page in (first, second, third) for job in page] == ids[::-1]
+        assert store.jobs(before_id=ids[0]) == ()
+
+    def test_jobs_are_filtered_by_model_dataset_and_status(self, store: Store) -> None:
+        for model in ("a", "b"):
+            for dataset in ("x", "y"):
+                store.create_job(new_job(model + dataset, model=model, dataset=dataset))
+        store.set_status(store.jobs(model="a", dataset="x")[0].id, "running")
+        assert [job.study_name for job in store.jobs(model="a")] == ["ay", "ax"]
+        assert [job.study_name for job in store.jobs(dataset="y")] == ["by", "ay"]
+        assert [job.study_name for job in store.jobs(status="running")] == ["ax"]
+        assert store.jobs(model="b", status="running") == ()
+
+    def test_a_running_job_is_held_until_its_signs_of_life_stop(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        assert store.claim(job.id, stale_after=60)
+        assert store.job(job.id).status == "running"
+        assert not store.claim(job.id, stale_after=60)
+        assert store.claim(job.id, stale_after=-1)
+
+    def test_a_job_that_is_over_can_be_claimed_again(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        store.set_status(job.id, "failed", "lost a GPU")
+        assert store.claim(job.id, stale_after=60)
+        claimed = store.job(job.id)
+        assert (claimed.status, claimed.error, claimed.finished_at) == ("running", None, None)
+
+    def test_a_heartbeat_is_a_sign_of_life_and_tells_of_cancelling(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        store.claim(job.id, stale_after=60)
+        before = store.job(job.id).updated_at
+        assert store.heartbeat(job.id) == "running"
+        assert store.job(job.id).updated_at > before
+        store.set_status(job.id, "cancelled")
+        assert store.heartbeat(job.id) == "cancelled"
+
+
+class TestEvaluations:
+    def test_an_evaluation_goes_from_rung_to_rung_to_complete(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        schedule = Schedule.linear(NFE, 0.0008, 1.0034)
+        started = store.start_evaluation(job.id, 3, "k", schedule)
+        assert (started.number, started.phase, started.k, started.b) == (3, "k", 0.0008, 1.0034)
+        assert (started.lambdas, started.mean) == (schedule.lambdas, schedule.mean)
+        assert (started.state, started.images, started.distance, started.rungs) == ("running", 0, None, {})
+        assert (started.network_evaluations, started.seconds, started.finished_at) == (0, 0.0, None)
+        store.report_rung(started.id, images=250, distance=9.5, network_evaluations=1000, seconds=1.5)
+        store.report_rung(started.id, images=1000, distance=8.1, network_evaluations=4000, seconds=6.25)
+        done = store.finish_evaluation(started.id)
+        assert (done.state, done.images, done.distance) == ("complete", 1000, 8.1)
+        assert done.rungs == {250: 9.5, 1000: 8.1}
+        assert list(done.rungs) == [250, 1000]
+        assert (done.network_evaluations, done.seconds) == (4000, 6.25)
+        assert (
+            done.started_at
+            == started.started_at
+            <= (done.finished_at or started.started_at)
+            <= datetime.now(UTC)
+        )
+        assert done.finished_at is not None
+        assert store.evaluations(job.id) == (done,)
+
+    def test_a_free_list_has_neither_k_nor_b_and_keeps_every_digit(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        lambdas = (1 / 3, 1.0 + 2**-52, math.pi, 1e-300)
+        store.start_evaluation(job.id, 0, "free", Schedule.free(lambdas))
+        (found,) = store.evaluations(job.id)
+        assert (found.k, found.b, found.lambdas) == (None, None, lambdas)
+
+    @pytest.mark.parametrize("distance", [math.nan, math.inf, -math.inf])
+    def test_a_distance_that_is_not_finite_is_refused(self, store: Store, distance: float) -> None:
+        job = store.create_job(new_job("s"))
+        started = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        with pytest.raises(LamtuneError, match=f"1000 images is {distance}"):
+            store.report_rung(started.id, images=1000, distance=distance, network_evaluations=1, seconds=1)
+        assert store.evaluations(job.id) == (started,)
+
+    @pytest.mark.parametrize("distance", ["NULL", "'NaN'", "9e999", "-9e999"])
+    def test_the_database_itself_keeps_complete_distances_finite(
+        self, store: Store, url: str, execute: Callable[[str], None], distance: str
+    ) -> None:
+        if url.startswith("sqlite") and distance == "'NaN'":
+            distance = "9e999 - 9e999"  # SQLite's only way to a NaN, which it keeps as NULL
+        elif distance.endswith("9e999") and not url.startswith("sqlite"):
+            distance = f"'{distance.replace('9e999', 'Infinity')}'"
+        evaluated(store, store.create_job(new_job("s")), 0, 1.0, 5.0)
+        with pytest.raises(IntegrityError):
+            execute(f"UPDATE lamtune_evaluations SET distance = {distance}")
+
+    def test_the_database_itself_refuses_an_evaluation_of_no_job(self, store: Store, url: str) -> None:
+        evaluated(store, store.create_job(new_job("s")), 0, 1.0, 5.0)
+        engine = make_engine(parse(url))
+        with pytest.raises(IntegrityError), engine.begin() as connection:
+            connection.execute(text("DELETE FROM lamtune_jobs"))
+        engine.dispose()
+
+    def test_without_a_distance_an_evaluation_is_not_complete_but_may_be_pruned(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        started = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        with pytest.raises(LamtuneError, match="no distance"):
+            store.finish_evaluation(started.id)
+        assert store.finish_evaluation(started.id, pruned=True).state == "pruned"
+
+    def test_rungs_only_ascend(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        started = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        rung = store.report_rung(started.id, images=500, distance=5.0, network_evaluations=1, seconds=1)
+        for images in (500, 250, 0):
+            with pytest.raises(LamtuneError, match=f"past {images} images, at 500"):
+                store.report_rung(started.id, images=images, distance=4.0, network_evaluations=2, seconds=2)
+        assert store.evaluations(job.id) == (rung,)
+
+    def test_a_failed_evaluation_keeps_its_rungs_costs_and_error(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        started = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        store.report_rung(started.id, images=500, distance=5.0, network_evaluations=2000, seconds=2.5)
+        failed = store.fail_evaluation(started.id, "the worker died")
+        assert (failed.state, failed.error, failed.rungs) == ("failed", "the worker died", {500: 5.0})
+        assert (failed.network_evaluations, failed.seconds) == (2000, 2.5)
+        assert failed.finished_at is not None
+
+    def test_what_is_over_does_not_change(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        done = evaluated(store, job, 4, 1.0, 5.0)
+        changes: list[Callable[[], object]] = [
+            lambda: store.report_rung(
+                done.id, images=2000, distance=1.0, network_evaluations=9000, seconds=9000
+            ),
+            lambda: store.finish_evaluation(done.id, pruned=True),
+            lambda: store.fail_evaluation(done.id, "late"),
+        ]
+        for change in changes:
+            with pytest.raises(LamtuneError, match=f"evaluation 4 of job {job.id} is complete"):
+                change()
+        assert store.evaluations(job.id) == (done,)
+
+    def test_a_number_is_taken_once_in_a_job(self, store: Store) -> None:
+        first, second = (store.create_job(new_job(name)) for name in ("s", "t"))
+        store.start_evaluation(first.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        store.start_evaluation(second.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        with pytest.raises(LamtuneError, match=r"(?i)unique"):
+            store.start_evaluation(first.id, 0, "coarse", Schedule.uniform(NFE, 1.1))
+        assert len(store.evaluations(first.id)) == 1
+
+    def test_evaluations_come_by_number_and_of_their_job_only(self, store: Store) -> None:
+        job, other = (store.create_job(new_job(name)) for name in ("s", "t"))
+        for number in (2, 0, 1):
+            evaluated(store, job, number, 1.0, 5.0)
+        evaluated(store, other, 3, 1.0, 5.0)
+        assert [one.number for one in store.evaluations(job.id)] == [0, 1, 2]
+
+    def test_every_write_to_an_evaluation_is_a_sign_of_life_of_its_job(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        seen = [job.updated_at]
+        started = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.0))
+        seen.append(store.job(job.id).updated_at)
+        store.report_rung(started.id, images=500, distance=5.0, network_evaluations=2000, seconds=2.5)
+        seen.append(store.job(job.id).updated_at)
+        store.finish_evaluation(started.id)
+        seen.append(store.job(job.id).updated_at)
+        assert seen == sorted(set(seen))
+
+
+class TestBest:
+    def test_it_is_the_lowest_distance_with_its_baseline_and_what_the_job_cost(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        evaluated(store, job, 0, 1.0, 10.0)
+        evaluated(store, job, 1, Schedule.linear(NFE, 0.001, 1.01), 7.5)
+        evaluated(store, job, 2, 1.02, 8.0)
+        pruned = store.start_evaluation(job.id, 3, "fine", Schedule.uniform(NFE, 1.03))
+        store.report_rung(pruned.id, images=500, distance=6.0, network_evaluations=2000, seconds=250.25)
+        store.finish_evaluation(pruned.id, pruned=True)
+        store.set_status(job.id, "finished")
+        assert store.best("adm", "cifar10", NFE) == Best(
+            model="adm",
+            model_fingerprint="w1",
+            dataset="cifar10",
+            solver="ddpm",
+            sampling=job.sampling,
+            nfe=NFE,
+            k=0.001,
+            b=1.01,
+            lambdas=Schedule.linear(NFE, 0.001, 1.01).lambdas,
+            distance=7.5,
+            baseline_distance=10.0,
+            images=IMAGES,
+            seed=7,
+            evaluator="e1",
+            job_id=job.id,
+            number=1,
+            status="finished",
+            trials=4,
+            network_evaluations=3 * IMAGES * NFE + 2000,
+            seconds=3 * IMAGES / 2 + 250.25,
+        )
+
+    def test_running_failed_pruned_and_partial_evaluations_do_not_rank(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        evaluated(store, job, 0, 1.01, 10.0)
+        evaluated(store, job, 1, 1.02, 1.0, images=IMAGES - 1)
+        evaluated(store, job, 2, 1.03, 1.0, images=IMAGES + 1)
+        for number in (3, 4, 5):
+            started = store.start_evaluation(job.id, number, "fine", Schedule.uniform(NFE, 1.04))
+            store.report_rung(started.id, images=IMAGES, distance=1.0, network_evaluations=1, seconds=1)
+            if number == 4:
+                store.fail_evaluation(started.id, "lost")
+            if number == 5:
+                store.finish_evaluation(started.id, pruned=True)
+        best = store.best("adm", "cifar10", NFE)
+        assert (best.b, best.distance, best.trials) == (1.01, 10.0, 6)
+
+    def test_of_equal_distances_the_first_evaluated_wins(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        for number, b in enumerate((1.0, 1.02, 1.01)):
+            evaluated(store, job, number, b, 5.0)
+        later = store.create_job(new_job("t"))
+        evaluated(store, later, 0, 0.9, 5.0)
+        best = store.best("adm", "cifar10", NFE)
+        assert (best.job_id, best.b, best.baseline_distance) == (job.id, 1.0, 5.0)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"evaluator": evaluator("e2")}, {"images": 500}, {"seed": 8}, {"model_fingerprint": "w2"}],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_what_cannot_be_compared_is_not_ranked_together_and_the_newest_counts(
+        self, store: Store, changes: dict[str, Any]
+    ) -> None:
+        old = store.create_job(new_job("s"))
+        evaluated(store, old, 0, 1.01, 1.0)
+        new = store.create_job(new_job("t", **changes))
+        assert store.best("adm", "cifar10", NFE).job_id == old.id  # the new one has nothing to rank yet
+        evaluated(store, new, 0, 1.02, 3.0, images=new.images)
+        evaluated(store, new, 1, 1.03, 2.0, images=new.images)
+        assert store.best("adm", "cifar10", NFE).b == 1.03
+        back = store.create_job(new_job("u"))
+        evaluated(store, back, 0, 1.04, 9.0)
+        best = store.best("adm", "cifar10", NFE)
+        assert (best.job_id, best.b, best.distance) == (old.id, 1.01, 1.0)
+
+    def test_the_baseline_is_that_of_the_winning_job(self, store: Store) -> None:
+        first, second = (store.create_job(new_job(name)) for name in ("s", "t"))
+        evaluated(store, first, 0, 1.0, 10.0)
+        evaluated(store, second, 0, 1.01, 4.0)
+        assert store.best("adm", "cifar10", NFE).baseline_distance is None
+        evaluated(store, second, 1, 1.0, 11.0, images=IMAGES // 2)
+        assert store.best("adm", "cifar10", NFE).baseline_distance is None
+        evaluated(store, second, 2, Schedule.free([1.0] * NFE), 12.0)
+        assert store.best("adm", "cifar10", NFE).baseline_distance == 12.0
+
+    def test_solvers_compete_unless_one_is_asked_for(self, store: Store) -> None:
+        for solver, distance in (("ddpm", 5.0), ("ddim", 3.0)):
+            evaluated(store, store.create_job(new_job(solver, solver=solver)), 0, 1.01, distance)
+        assert store.best("adm", "cifar10", NFE).solver == "ddim"
+        assert store.best("adm", "cifar10", NFE, solver="ddpm").distance == 5.0
+
+    def test_other_models_datasets_and_nfe_do_not_answer_but_are_named(self, store: Store) -> None:
+        for nfe in (20, 50):
+            evaluated(store, store.create_job(new_job(f"a{nfe}", nfe=nfe)), 0, 1.01, 5.0)
+        evaluated(store, store.create_job(new_job("b", model="edm", dataset="ffhq")), 0, 1.01, 5.0)
+        store.create_job(new_job("c", model="adm-without-results"))
+        for question in [("adm", "cifar10", 10), ("adm", "cifar", 20), ("admm", "cifar10", 20)]:
+            with pytest.raises(NotInStore) as caught:
+                store.best(*question)
+            lines = str(caught.value).splitlines()
+            assert str(question[2]) in lines[0]
+            assert lines[1:] == [
+                "  model adm, dataset cifar10, solver ddpm, NFE 20, 50",
+                f"  model edm, dataset ffhq, solver ddpm, NFE {NFE}",
+            ]
+        with pytest.raises(NotInStore, match="solver heun, NFE 20"):
+            store.best("adm", "cifar10", 20, solver="heun")
+
+    def test_only_the_nearest_of_many_are_named(self, store: Store) -> None:
+        for i in range(10):
+            evaluated(store, store.create_job(new_job(f"s{i}", model=f"model{i}")), 0, 1.01, 5.0)
+        with pytest.raises(NotInStore, match="and 2 more") as caught:
+            store.best("model7x", "cifar10", NFE)
+        assert "model7," in str(caught.value).splitlines()[1]
+
+    def test_an_empty_store_says_so(self, store: Store) -> None:
+        with pytest.raises(NotInStore, match="nor for any other"):
+            store.best("adm", "cifar10", NFE)
+
+
+class TestOptuna:
+    def test_a_study_and_our_tables_live_in_one_database_ours_first(self, store: Store, url: str) -> None:
+        job = store.create_job(new_job("s"))
+        study = optuna.create_study(study_name="s", storage=store.optuna_storage())
+        study.enqueue_trial({"b": 1.01})
+        trial = study.ask({"b": optuna.distributions.FloatDistribution(0.9, 1.1)})
+        study.tell(trial, 3.5)
+        evaluated(store, job, trial.number, trial.params["b"], 3.5)
+        with open_store(url) as again:
+            found = optuna.load_study(study_name="s", storage=again.optuna_storage())
+            assert (found.best_params, found.best_value) == ({"b": 1.01}, 3.5)
+            assert again.best("adm", "cifar10", NFE).number == found.best_trial.number
+
+    def test_a_study_and_our_tables_live_in_one_database_optunas_first(self, url: str) -> None:
+        plain = parse(url).render_as_string(hide_password=False)
+        optuna.create_study(study_name="s", storage=plain)
+        engine = create_engine(parse(url))
+        before = set(inspect(engine).get_table_names())
+        with open_store(url) as store:
+            store.create_job(new_job("s"))
+            assert optuna.load_study(study_name="s", storage=store.optuna_storage()).trials == []
+        ours = set(inspect(engine).get_table_names()) - before
+        assert all(name.startswith("lamtune_") for name in ours)
+        assert "alembic_version" in before
+        engine.dispose()
+
+    def test_many_may_make_optunas_tables_at_once(self, store: Store) -> None:
+        barrier = Barrier(4)
+
+        def made(i: int) -> str:
+            barrier.wait()
+            return optuna.create_study(study_name=f"s{i}", storage=store.optuna_storage()).study_name
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(made, range(4))) == ["s0", "s1", "s2", "s3"]
+
+    def test_tables_of_another_optuna_are_an_input_error(
+        self, store: Store, execute: Callable[[str], None]
+    ) -> None:
+        store.optuna_storage()
+        execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+        with pytest.raises(InputError, match="updating optuna"):
+            store.optuna_storage()
+
+
+class TestSeveralAtOnce:
+    def test_writers_of_several_jobs_lose_nothing(self, url: str) -> None:
+        """Each with a store of its own, as processes have, and Optuna writing in between."""
+        writers, trials = 6, 5
+        barrier = Barrier(writers)
+        open_store(url).close()
+
+        def write(i: int) -> int:
+            with open_store(url) as store:
+                barrier.wait()  # all add the same evaluator at once
+                job = store.create_job(new_job(f"s{i}"))
+                study = optuna.create_study(study_name=f"s{i}", storage=store.optuna_storage())
+                for number in range(trials):
+                    trial = study.ask()
+                    assert trial.number == number
+                    evaluated(store, job, number, 1.0 + 0.01 * number, 10.0 * i + number)
+                    study.tell(trial, 10.0 * i + number)
+                store.set_status(job.id, "finished")
+                return job.id
+
+        with ThreadPoolExecutor(writers) as pool:
+            ids = list(pool.map(write, range(writers)))
+        assert len(set(ids)) == writers
+        engine = create_engine(parse(url))
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT count(*) FROM lamtune_evaluators")).scalar_one() == 1
+        engine.dispose()
+        with open_store(url) as store:
+            assert sorted(job.id for job in store.jobs(status="finished")) == sorted(ids)
+            for i, job_id in enumerate(ids):
+                assert [one.distance for one in store.evaluations(job_id)] == [
+                    10.0 * i + n for n in range(trials)
+                ]
+            assert store.best("adm", "cifar10", NFE).job_id == ids[0]
+
+    def test_of_many_who_claim_a_job_one_gets_it(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        barrier = Barrier(6)
+
+        def claim(_: int) -> bool:
+            barrier.wait()
+            return store.claim(job.id, stale_after=60)
+
+        with ThreadPoolExecutor(6) as pool:
+            assert sum(pool.map(claim, range(6))) == 1
+
+    def test_of_two_who_close_an_evaluation_at_once_one_does(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        barrier = Barrier(2)
+
+        def close(evaluation_id: int) -> bool:
+            barrier.wait()
+            try:
+                store.fail_evaluation(evaluation_id, "lost")
+            except LamtuneError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(2) as pool:
+            for number in range(10):
+                started = store.start_evaluation(job.id, number, "coarse", Schedule.uniform(NFE, 1.0))
+                assert sum(pool.map(close, [started.id] * 2)) == 1
+
+    def test_a_killed_process_leaves_all_that_it_reported(self, store: Store, url: str) -> None:
+        job = store.create_job(new_job("s"))
+        code = """if True:
+            import os, signal, sys
+            from samplers.schedule import Schedule
+            from storage import open_store
+            store, job = open_store(sys.argv[1]), int(sys.argv[2])
+            assert store.claim(job, stale_after=60)
+            one = store.start_evaluation(job, 0, "coarse", Schedule.uniform(4, 1.01))
+            store.report_rung(one.id, images=500, distance=5.5, network_evaluations=2000, seconds=2.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+        done = subprocess.run([sys.executable, "-c", code, url, str(job.id)], cwd=ROOT, check=False)
+        assert done.returncode == -signal.SIGKILL
+        (left,) = store.evaluations(job.id)
+        assert (left.state, left.rungs, left.seconds) == ("running", {500: 5.5}, 2.5)
+        assert not store.claim(job.id, stale_after=60)
+        assert store.claim(job.id, stale_after=0)
+        assert store.fail_evaluation(left.id, "interrupted").state == "failed"
+
+
+def test_a_database_that_goes_away_is_a_lamtune_error_without_the_password(postgresql_url: str) -> None:
+    with open_store(postgresql_url) as store:
+        engine = create_engine(parse(postgresql_url))
+        with engine.begin() as connection:
+            connection.execute(text("DROP TABLE lamtune_evaluations"))
+        engine.dispose()
+        with pytest.raises(LamtuneError, match="does not exist") as caught:
+            store.best("adm", "cifar10", NFE)
+        assert not isinstance(caught.value, InputError)
+        assert caught.value.__suppress_context__
+        assert str(parse(postgresql_url).password) not in f"{caught.value} {caught.value.__context__}"
+
+
+def test_a_sqlite_store_lets_readers_in_while_one_writes(sqlite_url: str) -> None:
+    with open_store(sqlite_url) as store:
+        job = store.create_job(new_job("s"))
+        engine = make_engine(parse(sqlite_url)).execution_options(write=True)
+        with engine.begin():
+            assert store.job(job.id) == job
+        engine.dispose()
+        assert Path(f"{parse(sqlite_url).database}-wal").exists() or os.name == "nt"

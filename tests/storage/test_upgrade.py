@@ -1,0 +1,88 @@
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect, text
+
+from samplers.errors import InputError
+from storage import upgrade
+from storage.connection import make_engine, parse
+from storage.store import open_store
+from storage.tables import Base
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_opening_an_empty_database_makes_our_tables_and_only_them(url: str) -> None:
+    open_store(url).close()
+    engine = make_engine(parse(url))
+    assert set(inspect(engine).get_table_names()) == {*Base.metadata.tables, upgrade.VERSION_TABLE}
+    with engine.connect() as connection:
+        assert upgrade.version(connection) == upgrade.HEAD
+    engine.dispose()
+
+
+def test_the_migrations_make_what_the_classes_say_and_ignore_optunas_tables(url: str) -> None:
+    with open_store(url) as store:
+        store.optuna_storage().engine.dispose()
+    engine = make_engine(parse(url))
+    with engine.begin() as connection:
+        assert inspect(connection).has_table("alembic_version")
+        config = upgrade.alembic_config(connection)
+        command.check(config)  # raises for any difference
+        assert ScriptDirectory.from_config(config).get_heads() == [upgrade.HEAD]
+    engine.dispose()
+
+
+def test_a_database_of_a_newer_lamtune_is_refused_and_left_alone(url: str) -> None:
+    open_store(url).close()
+    engine = create_engine(parse(url))
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE lamtune_version SET version_num = '9999'"))
+    with pytest.raises(InputError, match=r"9999.*upgrade lamtune"):
+        open_store(url)
+    with engine.connect() as connection:
+        assert upgrade.version(connection) == "9999"
+    engine.dispose()
+
+
+def test_many_may_open_an_empty_database_at_once(url: str) -> None:
+    barrier = Barrier(6)
+
+    def opened(_: int) -> bool:
+        barrier.wait()
+        with open_store(url) as store:
+            return store.jobs() == ()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(opened, range(6))) == [True] * 6
+
+
+def test_one_process_may_make_several_stores_at_once(tmp_path: Path) -> None:
+    barrier = Barrier(6)
+
+    def opened(i: int) -> bool:
+        barrier.wait()
+        with open_store(f"sqlite:///{tmp_path}/{i}.db") as store:
+            return store.jobs() == ()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(opened, range(6))) == [True] * 6
+
+
+def test_neither_importing_nor_reopening_the_store_loads_what_is_heavy(sqlite_url: str) -> None:
+    open_store(sqlite_url).close()
+    code = """if True:
+        import sys, storage
+        storage.open_store(sys.argv[1]).close()
+        print(*sorted({"torch", "optuna", "ray", "alembic", "psycopg", "numpy"} & set(sys.modules)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, sqlite_url], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == []
