@@ -32,11 +32,13 @@ def test_paths_start_in_the_folder_of_the_job_file(
     x = torch.randn(2, 3, 8, 8)
     for model in models:
         assert model.to(torch.device("cpu")) is model
-        assert model.shape == (3, 8, 8)
+        assert model.shape == model.image_shape == (3, 8, 8)
         assert model(x, 5.0, None).eps.shape == x.shape
         assert model.pixels(x).dtype == torch.uint8
         assert (model.betas is None) == (model.time == "sigma") == (model.sigma_range is not None)
         assert model.gradient is None
+        assert model.prior is None
+        assert model.round_sigma is None
     assert len({model.fingerprint for model in models}) == len(models)
 
 
@@ -47,9 +49,11 @@ def test_an_absolute_path_is_taken_as_it_is(save: Callable[..., Path], small_fla
 @pytest.mark.parametrize(
     ("family", "path", "options", "message"),
     [
-        ("edm2", "x", {}, "model.format must be one of adm, digits, ideal, python, not 'edm2'"),
+        ("edm2", "x", {}, "model.format must be one of adm, digits, edm, ideal, pfgmpp, python, not 'edm2'"),
         ("adm", None, {}, "model.path is missing: format 'adm' needs the checkpoint"),
         ("python", "", {}, "model.path is missing: format 'python' needs file.py:factory"),
+        ("edm", None, {}, "model.path is missing: format 'edm' needs the snapshot"),
+        ("pfgmpp", None, {}, "model.path is missing: format 'pfgmpp' needs the snapshot"),
         ("digits", "x.pt", {}, "format 'digits' is bundled and takes no path"),
         ("digits", None, {"image_size": 8}, "format 'digits' has no option 'image_size'"),
     ],
@@ -62,4 +66,4 @@ def test_formats_paths_and_options_that_do_not_go_together_are_refused(
 
 
 def test_the_formats_are_listed() -> None:
-    assert FORMATS == ("adm", "digits", "ideal", "python")
+    assert FORMATS == ("adm", "digits", "edm", "ideal", "pfgmpp", "python")

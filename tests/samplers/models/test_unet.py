@@ -2,8 +2,8 @@
 
 import json
 import math
-import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,43 +27,8 @@ from samplers.models.unet import (
 SMALL = Architecture(3, 6, 32, (1, 2), 1, (2,), num_head_channels=16, resblock_updown=True, num_classes=5)
 
 
-def _uniform(name: str, shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """2u - 1 of the formula in formula_nets/meta.json: splitmix64 seeded by the name."""
-    count = math.prod(shape)
-    result = np.empty(count)
-    base = np.uint64(((zlib.crc32(name.encode()) << 32) + 0x9E3779B97F4A7C15) % (1 << 64))
-    for start in range(0, count, 1 << 18):  # what fits the cache
-        z = np.arange(start, min(start + (1 << 18), count), dtype=np.uint64)
-        z += base
-        shifted = np.empty_like(z)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            np.right_shift(z, np.uint64(shift), out=shifted)
-            z ^= shifted
-            z *= np.uint64(factor)
-        np.right_shift(z, np.uint64(31), out=shifted)
-        z ^= shifted
-        z >>= np.uint64(11)
-        result[start : start + len(z)] = z * (2.0 / (1 << 53)) - 1
-    return result.reshape(shape)
-
-
-def _formula_weights(network: nn.Module) -> dict[str, Tensor]:
-    state = {}
-    for name, tensor in network.state_dict().items():
-        shape = tuple(tensor.shape)
-        values = _uniform(name, shape)
-        if len(shape) > 1:
-            values *= math.sqrt(3 / math.prod(shape[1:]))
-        else:
-            values *= 0.1
-            if name.endswith("weight"):
-                values += 1
-        state[name] = torch.from_numpy(values.astype(np.float32))
-    return state
-
-
 @pytest.mark.parametrize("case", ["cifar10_adm", "imagenet64_cond", "cond_no_scale_shift", "classifier64"])
-def test_published_architectures_give_the_official_output(shared: Path, case: str) -> None:
+def test_published_architectures_give_the_official_output(shared: Path, formula: Any, case: str) -> None:
     folder = shared / "reference/vectors/formula_nets"
     about = json.loads((folder / "meta.json").read_text())["files"]["adm.npz"]["cases"][case]
     options = parse_options(AdmOptions, "adm", about["flags"])
@@ -73,14 +38,14 @@ def test_published_architectures_give_the_official_output(shared: Path, case: st
             network = Classifier(options.classifier(3), options.image_size)
         else:
             network = UNet(options.network(3))
-    state = _formula_weights(network)
+    state = formula.weights(network)
     assert (len(state), sum(value.numel() for value in state.values())) == (
         about["num_tensors"],
         about["num_params"],
     )
     network.load_state_dict(state, assign=True)
     shape = tuple(about["x_shape"])
-    x = torch.from_numpy((math.sqrt(3) * _uniform("input:x", shape)).astype(np.float32))
+    x = torch.from_numpy((math.sqrt(3) * formula.uniform("input:x", shape)).astype(np.float32))
     labels = [] if about.get("y") is None else [torch.tensor([about["y"]])]
     with torch.no_grad():
         out = network(x, torch.tensor(about["t"]), *labels)
