@@ -12,7 +12,9 @@ from torch import Tensor
 from samplers.grids import DiscreteGrid, discrete_grid
 from samplers.guidance import guided
 from samplers.models.adm import AdmModel, load_adm
+from samplers.models.edm import EdmModel, load_edm, load_pfgmpp
 from samplers.prediction import Predict, Prediction
+from samplers.sampling import EDM
 from samplers.scaling import scaled
 from samplers.schedule import Schedule
 from samplers.solvers import ddim, ddpm
@@ -85,3 +87,57 @@ def test_adm_images_are_the_official_ones(shared: Path, file: str, case: str) ->
 def _as_adm_es(predict: Predict, gradient: Any, grid: DiscreteGrid, schedule: Schedule) -> Predict:
     """The official DDIM guidance divides by lambda twice."""
     return scaled(guided(predict, gradient, grid), schedule)
+
+
+def test_edm_and_pfgmpp_images_are_the_official_ones(shared: Path) -> None:
+    vectors = shared / "reference/vectors"
+    compared = 0
+    for name, about in json.loads((vectors / "end_to_end/meta.json").read_text())["files"].items():
+        if about["system"] == "adm":
+            continue
+        file = vectors / "checkpoints" / Path(about["checkpoint"]).name
+        model = load_edm(file, {}) if about["system"] == "edm" else load_pfgmpp(file, {"D": about["D"]})
+        assert (model.prior is None) == (about["system"] == "edm")
+        with np.load(vectors / "end_to_end" / name) as archive:
+            arrays = {key: torch.from_numpy(archive[key]) for key in archive}
+        for label, case in about["cases"].items():
+            out = _edm_images(model, _sampling(case["sampler"], case["settings"]), case["lam"], arrays)
+            rounding = max(case["sensitivity_1e_6"], case["other_backend_diff"], case["replay_max_abs_diff"])
+            tolerance = 1e-5 + 3 * rounding
+            assert case["lam"] == 1 or tolerance < case["no_scaling_max_abs_diff"] / 100
+            difference = float((out - arrays[case["out_key"]]).abs().max())
+            assert difference <= tolerance, (name, label, difference)
+            compared += 1
+    assert compared > 0
+
+
+def _edm_images(model: EdmModel, sampling: EDM, lam: float, arrays: dict[str, Tensor]) -> Tensor:
+    plan = sampling.plan(model)
+    labels = arrays["class_labels"].argmax(1) if "class_labels" in arrays else None
+
+    def network(x: Tensor, t: int) -> Prediction:
+        return model(x, float(plan.times[t]), labels)
+
+    def draw(t: int) -> Tensor:
+        return arrays["z"][
+            (plan.times.size - 1 - t) // 2
+        ]  # only Heun's cases churn: two evaluations per step
+
+    start = arrays["latents"].double() * (plan.start if model.prior is None else 1.0)
+    with torch.no_grad():
+        return plan.run(network, Schedule.uniform(sampling.nfe, lam), start, draw, None)
+
+
+def _sampling(sampler: str, settings: dict[str, Any]) -> EDM:
+    """The job's `sampling` that asks for what an official call did."""
+    keys = {"S_churn", "S_min", "S_max", "S_noise", "discretization", "schedule", "scaling", "rho"}
+    keys |= {"sigma_min", "sigma_max"}
+    solver = settings.get("solver", "heun")
+    steps = settings["num_steps"]
+    assert settings.keys() <= keys | {"num_steps", "solver"}
+    return EDM(
+        solver=solver,
+        nfe=steps if solver == "euler" else 2 * steps - 1,
+        rule="edm-es-ablation" if sampler == "ablation_sampler" else "paper",
+        **{key: value for key, value in settings.items() if key in keys},
+    )

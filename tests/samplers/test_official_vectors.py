@@ -299,3 +299,26 @@ def test_consistent_vp_scaling_is_the_stated_distance_from_the_official_mixed_on
             assert difference == pytest.approx(stated, abs=1e-9), (name, label)
             compared += 1
     assert compared > 0
+
+
+def test_the_pfgmpp_sampler_is_edm_s_from_a_start_that_is_not_multiplied(shared: Path) -> None:
+    folder = shared / "reference" / "vectors" / "pfgmpp"
+    findings = Findings()
+    for name, file in json.loads((folder / "meta.json").read_text())["files"].items():
+        with np.load(folder / name) as archive:
+            arrays = dict(archive)
+        classes = torch.from_numpy(arrays["class_labels"]).argmax(1) if file["class_conditional"] else None
+        for label, case in file["cases"].items():
+            assert case["sampler"] == "edm_sampler"
+            grid = edm_grid(case["settings"], (0.0, math.inf))
+            seen = Seen()
+            network = seen.of(toy_denoiser(file["net_params"], classes), grid.times.tolist())
+            predict = scaled(network, Schedule.uniform(grid.nfe, case["lam"]))
+            out = edm(predict, torch.from_numpy(arrays[case["latents_key"]]), grid, {}.__getitem__)
+            findings.check(f"{name} {label}", out, arrays[case["out_key"]], 1e-9)
+            sigmas = arrays[case["sigmas_key"]]
+            findings.check(f"{name} {label} sigmas", seen.times / sigmas, np.ones_like(sigmas), 1e-9)
+            assert grid.nfe == case["network_calls"]
+            findings.cases += 1
+    assert findings.cases > 0
+    assert findings.wrong == []

@@ -1,0 +1,201 @@
+"""What a job's `sampling:` section says: one frozen dataclass per solver family, which binds it to a network.
+
+To add a solver: a function in `samplers.solvers` (and a grid), and here a dataclass whose fields are its keys in
+the job file. This is where solvers, guidance and epsilon scaling are put together; none of them knows the others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from samplers import solvers
+from samplers.errors import InputError
+from samplers.grids import (
+    Churn,
+    DiscreteGrid,
+    Discretization,
+    Floats,
+    Scaling,
+    TimeSchedule,
+    discrete_grid,
+    sigma_grid,
+    step_count,
+)
+from samplers.guidance import Gradient, guided
+from samplers.models.protocol import Model
+from samplers.prediction import Predict
+from samplers.scaling import scaled
+from samplers.schedule import Schedule
+from samplers.solvers import Noise, Variance
+
+Run = Callable[[Predict, Schedule, Tensor, Noise, Gradient | None], Tensor]
+"""(network, λ schedule, start state, step noise, classifier gradient) → x0 [B, C, H, W]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A solver bound to a network's process.
+
+    times[t] is what the network is told at evaluation t. start: a network without a prior of its own is sampled
+    from start times standard normal noise.
+    """
+
+    times: Floats
+    run: Run
+    start: float = 1.0
+
+
+_CLOSED = ConfigDict(extra="forbid")  # a key that the solver does not have is an error in the job file
+
+
+@dataclass(frozen=True, slots=True)
+class DDPM:
+    """Ancestral sampling of a discrete-time network; one evaluation per step.
+
+    respacing: guided-diffusion's `timestep_respacing`, default the evenly spaced "NFE". variance: default as the
+    checkpoint's flags say. clip: clamp x0 to [-1, 1] (clip_denoised).
+    """
+
+    solver: Literal["ddpm"]
+    nfe: int
+    respacing: str | None = None
+    variance: Variance | None = None
+    clip: bool = True
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where the network or the NFE does not fit."""
+        grid = _discrete(model, self.solver, self.nfe, self.respacing or str(self.nfe))
+        variance = self.variance or model.variance
+        if variance == "learned_range" and not model.learned_range:
+            raise InputError(
+                "sampling.variance: learned_range needs a network with learn_sigma; use fixed_large"
+            )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            return solvers.ddpm(
+                scaled(net, schedule), x, grid, noise, variance=variance, clip=self.clip, gradient=gradient
+            )
+
+        return Plan(grid.times, run)
+
+
+@dataclass(frozen=True, slots=True)
+class DDIM:
+    """DDIM as guided-diffusion has it, η from 0 (deterministic) to 1; one evaluation per step.
+
+    respacing: default "ddimNFE", the official integer stride. A classifier's gradient is folded in as ADM-ES
+    does it: what was scaled and guided is divided by λ once more.
+    """
+
+    solver: Literal["ddim"]
+    nfe: int
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    respacing: str | None = None
+    clip: bool = True
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where the network or the NFE does not fit."""
+        grid = _discrete(model, self.solver, self.nfe, self.respacing or f"ddim{self.nfe}")
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            predict, clip = scaled(net, schedule), self.clip
+            if gradient is not None:
+                predict, clip = scaled(guided(predict, gradient, grid, clip=clip), schedule), False
+            return solvers.ddim(predict, x, grid, noise, eta=self.eta, clip=clip)
+
+        return Plan(grid.times, run)
+
+
+@dataclass(frozen=True, slots=True)
+class EDM:
+    """EDM's Euler and Heun samplers of a sigma-based network, with churn. Heun makes 2·steps − 1 evaluations.
+
+    S_max: default no limit. sigma_min, sigma_max: default those of the discretization, kept within what the network
+    was trained for. rule: what λ divides. "paper", as EDM-ES's main sampler: the network's noise at every evaluation,
+    both stages of a Heun step. "edm-es-ablation", as its `ablation_sampler` (generate.py with --disc, --schedule or
+    --scaling): in a Heun step the first stage only, and with scaling "vp" (x - x0)/sigma of the scaled state x.
+    """
+
+    solver: Literal["euler", "heun"]
+    nfe: int
+    S_churn: Annotated[float, Field(ge=0)] = 0.0
+    S_min: Annotated[float, Field(ge=0)] = 0.0
+    S_max: Annotated[float, Field(ge=0)] | None = None
+    S_noise: Annotated[float, Field(ge=0)] = 1.0
+    discretization: Discretization = "edm"
+    schedule: TimeSchedule = "linear"
+    scaling: Scaling = "none"
+    sigma_min: Annotated[float, Field(gt=0)] | None = None
+    sigma_max: Annotated[float, Field(gt=0)] | None = None
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    rule: Literal["paper", "edm-es-ablation"] = "paper"
+
+    state_dtype: ClassVar[torch.dtype] = torch.float64
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def __post_init__(self) -> None:
+        step_count(self.nfe, self.solver)  # an even NFE of Heun is known to be wrong without any network
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where the network or the NFE does not fit."""
+        if model.sigma_range is None:
+            raise InputError(f"sampling.solver: {self.solver} needs a sigma-based network; use ddpm or ddim")
+        if model.prior is not None and self.scaling != "none":
+            raise InputError("sampling.scaling: this network starts from a prior of its own; use none")
+        churn = Churn(
+            self.S_churn, self.S_min, float("inf") if self.S_max is None else self.S_max, self.S_noise
+        )
+        grid = sigma_grid(
+            self.nfe,
+            method=self.solver,
+            discretization=self.discretization,
+            schedule=self.schedule,
+            scaling=self.scaling,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            rho=self.rho,
+            churn=churn,
+            limits=model.sigma_range,
+            round_sigma=model.round_sigma,
+        )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            if self.rule == "paper":
+                predict = solvers.change_of_variables(scaled(net, schedule), grid)
+            else:
+                first = schedule.first_stages() if self.solver == "heun" else schedule
+                predict = scaled(solvers.change_of_variables(net, grid), first)
+            return solvers.edm(predict, x, grid, noise)
+
+        return Plan(grid.times, run, grid.start)
+
+
+Sampling = Annotated[DDPM | DDIM | EDM, Field(discriminator="solver")]
+
+
+def _discrete(model: Model, solver: str, nfe: int, respacing: str) -> DiscreteGrid:
+    if model.betas is None:
+        raise InputError(f"sampling.solver: {solver} needs a discrete-time network; use euler or heun")
+    try:
+        grid = discrete_grid(model.betas, respacing)
+    except InputError as error:
+        raise InputError(f"sampling.nfe: {error}") from None
+    if grid.nfe != nfe:
+        raise InputError(f"sampling.respacing: {respacing!r} makes {grid.nfe} evaluations, but nfe is {nfe}")
+    return grid
