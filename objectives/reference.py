@@ -169,6 +169,25 @@ def compute_reference(
     return _computed(path, extractor, shape, resize, digest, count, progress)
 
 
+def image_shape(source: str | os.PathLike[str], side: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the first image in `source` (see `load_reference`), C = 1 for grey and 3 otherwise.
+
+    With `side` H and W are that, for images that will be resized. Raises InputError as `load_reference` does.
+    """
+    path = Path(source)
+    name, raw = next(_images(path), (None, b""))
+    if name is None:
+        raise InputError(
+            f"{path}: no images found; images are files that end in {', '.join(sorted(_SUFFIXES))}"
+        )
+    try:
+        image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else Image.fromarray(raw.squeeze())
+    except Exception as error:  # Pillow's plugins raise errors of many kinds
+        raise InputError(f"{path}: {name} cannot be decoded: {error}") from error
+    channels = 1 if image.mode in ("1", "L", "LA") else 3
+    return (channels, side or image.height, side or image.width)
+
+
 def _computed(
     path: Path,
     extractor: Extractor,

@@ -1,8 +1,16 @@
 """Fixtures shared by all tests."""
 
+import io
+import math
+import pickle
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from pydantic import TypeAdapter
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +20,246 @@ def shared() -> Path:
     if not (folder / "reference").is_dir():
         pytest.skip("the reference material (../shared) is not here")
     return folder
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """In a pickle: `name` called with `args`, by the opcode REDUCE or NEWOBJ, and given a state by BUILD."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    opcode: bytes = pickle.REDUCE
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """In a pickle: a class or function."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Referred:
+    """In a pickle: a reference to what lies outside of it."""
+
+    key: Any
+
+
+class Wire:
+    """Writes pickles of protocol 4 opcode by opcode, so that no class that they name has to exist.
+
+    As a pickler does it: what is met again is not written again.
+    """
+
+    Made = Made
+    Named = Named
+    Referred = Referred
+
+    def __init__(self) -> None:
+        self._out = bytearray(b"\x80\x04")
+        self._memo: dict[object, tuple[int, Any]] = {}
+
+    @classmethod
+    def dumps(cls, value: Any) -> bytes:
+        """The pickle of None, bool, int, float, str, bytes, tuple, list, dict, Made, Named and Referred."""
+        wire = cls()
+        wire._put(value)
+        return bytes(wire._out + pickle.STOP)
+
+    def _put(self, value: Any) -> None:
+        key = value if isinstance(value, str) else id(value)
+        if key in self._memo:
+            self._out += pickle.LONG_BINGET + struct.pack("<I", self._memo[key][0])
+        elif value is None or isinstance(value, bool | int | float):
+            self._out += pickle.dumps(value, 3)[2:-1]
+        else:
+            self._write(value)
+            self._out += pickle.MEMOIZE
+            self._memo[key] = len(self._memo), value  # kept, so that no other value gets its id
+            if isinstance(value, Made) and value.state is not None:
+                self._put(value.state)
+                self._out += pickle.BUILD
+
+    def _write(self, value: Any) -> None:
+        match value:
+            case Named():
+                module, _, name = value.name.rpartition(".")
+                self._all((module, name), pickle.STACK_GLOBAL)
+            case Made():
+                self._all((Named(value.name), value.args), value.opcode)
+            case Referred():
+                self._all((value.key,), pickle.BINPERSID)
+            case str():
+                text = value.encode()
+                self._out += pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+            case bytes():
+                self._out += pickle.BINBYTES + struct.pack("<I", len(value)) + value
+            case tuple():
+                self._out += pickle.MARK
+                self._all(value, pickle.TUPLE)
+            case list():
+                self._out += pickle.EMPTY_LIST + pickle.MARK
+                self._all(value, pickle.APPENDS)
+            case dict():
+                self._out += pickle.EMPTY_DICT + pickle.MARK
+                self._all([part for item in value.items() for part in item], pickle.SETITEMS)
+
+    def _all(self, values: Iterable[Any], opcode: bytes) -> None:
+        for value in values:
+            self._put(value)
+        self._out += opcode
+
+
+@pytest.fixture(scope="session")
+def wire() -> type[Wire]:
+    """Writes any pickle, also one that no pickler would write."""
+    return Wire
+
+
+class Nvidia:
+    """Network snapshots of EDM's code base as plain data for `Wire`; tensors get random numbers of a fixed seed."""
+
+    source = "raise RuntimeError('the source embedded in a snapshot must never be executed')"
+
+    @classmethod
+    def snapshot(
+        cls, precond: str = "EDMPrecond", network: str = "SongUNet", **settings: Any
+    ) -> dict[str, Any]:
+        """A snapshot of a small random network; `settings` are network arguments and `attributes`."""
+        import torch
+
+        from samplers.models.dhariwal import DhariwalArchitecture, DhariwalUNet
+        from samplers.models.song import SongArchitecture, SongUNet
+
+        attributes = {"img_channels": 3, "img_resolution": 8, "label_dim": 0, **cls.levels[precond]}
+        attributes |= settings.pop("attributes", {})
+        buffers = settings.pop("buffers", {})
+        small = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
+        sides = {"img_resolution": attributes["img_resolution"], "label_dim": attributes["label_dim"]}
+        channels = attributes["img_channels"]
+        out = 2 * channels if precond == "iDDPMPrecond" else channels
+        kwargs = {**sides, "in_channels": channels, "out_channels": out, **small, **settings}
+        kind, build = (
+            (SongArchitecture, SongUNet) if network == "SongUNet" else (DhariwalArchitecture, DhariwalUNet)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = build(TypeAdapter(kind).validate_python(kwargs))
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+        return {
+            "ema": cls.persistent(
+                precond,
+                {"_init_args": (), "_init_kwargs": {**small, "use_fp16": False}, **attributes},
+                buffers=buffers,
+                modules={"model": cls.module(module, network, kwargs)},
+            ),
+            "loss_fn": cls.persistent("EDMLoss", {"P_mean": -1.2}),
+            "augment_pipe": None,
+            "dataset_kwargs": {"path": "datasets/tiny.zip", "max_size": 50000},
+        }
+
+    levels: ClassVar[dict[str, dict[str, Any]]] = {
+        "EDMPrecond": {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5},
+        "VPPrecond": {"sigma_min": 0.001, "sigma_max": 152.0, "beta_d": 19.9, "beta_min": 0.1, "M": 1000},
+        "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100},
+        "iDDPMPrecond": {"sigma_min": 0.0064, "sigma_max": 20291.0, "M": 1000},
+    }
+
+    @classmethod
+    def module(cls, module: Any, name: str, kwargs: Mapping[str, Any] | None = None) -> Made:
+        """A torch module as it stands in a snapshot."""
+        children = {
+            key: cls.module(child, type(child).__name__)
+            for key, child in module.named_children()
+            if any(True for _ in child.state_dict())
+        }
+        tensors = {key: cls.tensor(value) for key, value in module._parameters.items() if value is not None}
+        buffers = {key: cls.tensor(value) for key, value in module._buffers.items()}
+        if name == "ModuleDict":
+            state = cls.state({}, {}, {}, children)
+            return Made("torch.nn.modules.container.ModuleDict", (), state, pickle.NEWOBJ)
+        double = Made("numpy.dtype", ("f8", False, True), (3, "<", None, None, None, -1, -1, 0))
+        scale = Made("numpy.core.multiarray.scalar", (double, struct.pack("<d", 0.5)))
+        attributes = {"_init_args": (), "_init_kwargs": dict(kwargs or {}), "skip_scale": scale}
+        return cls.persistent(name, attributes, tensors, buffers, children)
+
+    @classmethod
+    def persistent(
+        cls,
+        name: str,
+        attributes: Mapping[str, Any],
+        parameters: Mapping[str, Any] | None = None,
+        buffers: Mapping[str, Any] | None = None,
+        modules: Mapping[str, Any] | None = None,
+    ) -> Made:
+        """An object that the official loader would make by running `source`."""
+        state = cls.state(attributes, parameters or {}, buffers or {}, modules or {})
+        about = {"type": "class", "version": 6, "module_src": cls.source, "class_name": name, "state": state}
+        return Made("torch_utils.persistence._reconstruct_persistent_obj", (about,))
+
+    @staticmethod
+    def state(
+        attributes: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+        buffers: Mapping[str, Any],
+        modules: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """A module's attributes."""
+        hooks = Made("collections.OrderedDict")
+        return {
+            "training": False,
+            "_parameters": dict(parameters),
+            "_buffers": dict(buffers),
+            "_forward_hooks": hooks,
+            "_modules": dict(modules),
+            **attributes,
+        }
+
+    @classmethod
+    def tensor(cls, value: Any) -> Made:
+        """A parameter of a module."""
+        storage = Made("torch.storage._load_from_bytes", (cls.storage(value),))
+        return cls.parameter(storage, 0, tuple(value.shape), tuple(value.contiguous().stride()))
+
+    @staticmethod
+    def parameter(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Made:
+        """A parameter of a storage."""
+        hooks = Made("collections.OrderedDict")
+        tensor = Made("torch._utils._rebuild_tensor_v2", (storage, offset, size, stride, False, hooks))
+        return Made("torch._utils._rebuild_parameter", (tensor, False, hooks))
+
+    @staticmethod
+    def storage(value: Any) -> bytes:
+        """The numbers of a tensor as torch.save wrote them before it wrote archives."""
+        import torch
+
+        file = io.BytesIO()
+        torch.save(
+            value.detach().contiguous().clone()._typed_storage(), file, _use_new_zipfile_serialization=False
+        )
+        return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def nvidia() -> type[Nvidia]:
+    """Parts of network snapshots in NVIDIA's format."""
+    return Nvidia
+
+
+@pytest.fixture
+def save_snapshot(tmp_path: Path) -> Callable[..., Path]:
+    """save_snapshot(precond, network, name=..., **settings): writes a small random network as NVIDIA's code would."""
+
+    def save(
+        precond: str = "EDMPrecond",
+        network: str = "SongUNet",
+        name: str = "network-snapshot.pkl",
+        **settings: Any,
+    ) -> Path:
+        file = tmp_path / name
+        file.write_bytes(Wire.dumps(Nvidia.snapshot(precond, network, **settings)))
+        return file
+
+    return save

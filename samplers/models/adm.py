@@ -182,6 +182,8 @@ class AdmModel:
 
     time: Literal["discrete"] = "discrete"
     sigma_range: None = None
+    round_sigma: None = None
+    prior: None = None
 
     def __init__(
         self,
@@ -193,7 +195,7 @@ class AdmModel:
     ) -> None:
         self.network = network
         self.classifier = classifier
-        self.shape = (channels, options.image_size, options.image_size)
+        self.shape = self.image_shape = (channels, options.image_size, options.image_size)
         self.learned_range = options.learn_sigma
         self.variance = options.variance
         self.fingerprint = fingerprint

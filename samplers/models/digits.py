@@ -20,6 +20,7 @@ FLAGS: Mapping[str, object] = {
     "num_head_channels": 32,
     "use_new_attention_order": True,
     "noise_schedule": "cosine",
+    "sigma_small": True,
 }
 """The flags that `digits.pt` was trained with."""
 

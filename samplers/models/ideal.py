@@ -136,11 +136,13 @@ class IdealModel:
     learned_range = False
     variance: Variance = "fixed_large"
     gradient: None = None
+    round_sigma: None = None
+    prior: None = None
 
     def __init__(self, distribution: Distribution, process: Process) -> None:
         self.distribution = distribution
         self.process = process
-        self.shape = distribution.shape
+        self.shape = self.image_shape = distribution.shape
         self.time = process.time
         self.betas = process.betas
         self.sigma_range = process.sigma_range

@@ -9,6 +9,7 @@ from pathlib import Path
 from samplers.errors import InputError
 from samplers.models.adm import load_adm
 from samplers.models.digits import load_digits
+from samplers.models.edm import load_edm, load_pfgmpp
 from samplers.models.ideal import load_ideal
 from samplers.models.protocol import Model
 from samplers.models.python import load_python
@@ -18,6 +19,14 @@ Options = Mapping[str, object]
 
 def _adm(path: str | None, options: Options, folder: Path) -> Model:
     return load_adm(folder / _needed("adm", path, "the checkpoint"), options, folder)
+
+
+def _edm(path: str | None, options: Options, folder: Path) -> Model:
+    return load_edm(folder / _needed("edm", path, "the snapshot"), options)
+
+
+def _pfgmpp(path: str | None, options: Options, folder: Path) -> Model:
+    return load_pfgmpp(folder / _needed("pfgmpp", path, "the snapshot"), options)
 
 
 def _python(path: str | None, options: Options, folder: Path) -> Model:
@@ -37,7 +46,9 @@ def _digits(path: str | None, options: Options, folder: Path) -> Model:
 _FAMILIES: Mapping[str, Callable[[str | None, Options, Path], Model]] = {
     "adm": _adm,
     "digits": _digits,
+    "edm": _edm,
     "ideal": _ideal,
+    "pfgmpp": _pfgmpp,
     "python": _python,
 }
 FORMATS = tuple(_FAMILIES)

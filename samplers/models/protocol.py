@@ -16,6 +16,12 @@ from samplers.prediction import Prediction
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
 """Which variance an ancestral step takes, in the terms of guided-diffusion."""
 
+Prior: TypeAlias = Callable[[int, Tensor], Tensor]
+"""(seed, image ids int64 [B]) → the state at the first noise level, float64 [B, C, H, W] on the ids' device.
+
+A pure function of the two, as all of `samplers.noise` is.
+"""
+
 Gradient: TypeAlias = Callable[[Tensor, float, Tensor], Tensor]
 """(x, time, labels) → scale * d/dx log p(labels | x, time), of x's shape and dtype."""
 
@@ -26,6 +32,10 @@ class Model(Protocol):
     @property
     def shape(self) -> tuple[int, int, int]:
         """C, H, W of the state that is sampled."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H, W of what `pixels` returns; differs from `shape` where the state is a latent."""
 
     @property
     def time(self) -> Literal["discrete", "sigma"]:
@@ -52,6 +62,14 @@ class Model(Protocol):
         """Smallest and largest sigma of the training (sigma time), else None."""
 
     @property
+    def round_sigma(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]] | None:
+        """Sigmas [n] → the nearest ones that the network knows; None: it knows all of its range."""
+
+    @property
+    def prior(self) -> Prior | None:
+        """Where sampling starts; None: at standard normal noise times what the solver's grid says."""
+
+    @property
     def gradient(self) -> Gradient | None:
         """Classifier guidance that came with the model, already multiplied by its scale; None:
         there is none."""
@@ -71,4 +89,4 @@ class Model(Protocol):
         """
 
     def pixels(self, x: Tensor) -> Tensor:
-        """The final state [B, C, H, W] as uint8 of the same shape, rounded as the family does it."""
+        """The final state [B, *shape] as uint8 [B, *image_shape], rounded as the family does it."""

@@ -60,6 +60,8 @@ class PythonModel:
     """The user's module as a `Model`; see there. The module runs in float32 whatever x is."""
 
     gradient: None = None
+    round_sigma: None = None
+    prior: None = None
 
     def __init__(
         self, options: PythonOptions, network: nn.Module, process: Process, fingerprint: str
@@ -67,7 +69,7 @@ class PythonModel:
         self.network = network
         self.process = process
         self.fingerprint = fingerprint
-        self.shape = options.shape
+        self.shape = self.image_shape = options.shape
         self.num_classes = options.num_classes
         self.learned_range = options.learn_sigma
         self.variance: Variance = "learned_range" if options.learn_sigma else "fixed_large"

@@ -7,6 +7,7 @@ import hashlib
 import re
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,6 +24,25 @@ def digest(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def read_tensors(file: BinaryIO, source: str, expected: str, advice: str) -> object:
+    """What torch.save wrote to `file`, on the CPU; only tensors and plain containers are unpickled.
+
+    Raises InputError that begins with `source`: a file that asks for anything else is refused before it runs (with
+    the advice), a damaged one is said to be no `expected`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd files, which are refused anyhow
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle or archive can raise anything, OSError too
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise InputError(
+                f"{source} holds more than weights: it asks for {asked[1]}. Nothing of it was run. {advice}"
+            ) from None
+        raise InputError(f"{source} is damaged, or no {expected} ({type(error).__name__})") from error
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in a `torch.save` file: name → tensor on the CPU, floating point ones as float32.
 
@@ -33,28 +53,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd files, which are refused anyhow
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle or archive can raise anything, OSError too
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            raise InputError(
-                f"{path} holds more than weights: it asks for {asked[1]}. Nothing of it was run. "
-                "Save the state dict alone: torch.save(model.state_dict(), path)"
-            ) from None
-        raise InputError(
-            f"{path} is damaged, or no state dict written by torch.save ({type(error).__name__})"
-        ) from error
+    with file:
+        content = read_tensors(
+            file,
+            str(path),
+            "state dict written by torch.save",
+            "Save the state dict alone: torch.save(model.state_dict(), path)",
+        )
     if not isinstance(content, dict) or not content:
         raise InputError(
             f"{path} holds a {type(content).__name__}, where a state dict (name → tensor) is needed"
         )
-    return {str(name): _usable(path, str(name), value) for name, value in content.items()}
+    return {str(name): usable(path, str(name), value) for name, value in content.items()}
 
 
-def _usable(path: Path, name: str, value: object) -> Tensor:
+def usable(path: Path, name: str, value: object) -> Tensor:
+    """A tensor of the file as it is used: floating point as float32. Raises InputError unless finite."""
     if not isinstance(value, Tensor):
         inner = isinstance(value, dict) and value and all(isinstance(part, Tensor) for part in value.values())
         hint = f"; the weights seem to lie under {name!r}: save that part alone" if inner else ""
