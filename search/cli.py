@@ -1,0 +1,189 @@
+"""The command line: `lamtune …`. Parses words, calls the packages, prints tables or JSON.
+
+Imports torch, Ray and Optuna only inside the commands that need them, so that `best`, `jobs` and `--help` answer
+at once. Catches only LamtuneError: anything else is a bug and shows its traceback.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from samplers.errors import InputError, LamtuneError
+
+DEFAULT_STORE = "sqlite:///lamtune.db"
+_STORE_HELP = f"Database URL: SQLite or PostgreSQL.  [env: LAMTUNE_STORE; default: {DEFAULT_STORE}]"
+
+
+class _Group(click.Group):
+    """Turns every LamtuneError into its message and exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LamtuneError as error:
+            click.echo(f"lamtune: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+def _store_option(command: Any) -> Any:
+    return click.option(
+        "--store", envvar="LAMTUNE_STORE", default=DEFAULT_STORE, metavar="URL", help=_STORE_HELP
+    )(command)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lamtune")
+def main() -> None:
+    """Find the epsilon-scaling schedule λ_t = k·t + b that gives a diffusion model its best images.
+
+    \b
+    Try it:            lamtune demo
+    Your own model:    lamtune submit job.yaml
+    What was found:    lamtune best --model M --dataset D --nfe 20
+    Look at it:        lamtune dashboard
+    """
+
+
+@main.command()
+@_store_option
+def demo(store: str) -> None:
+    """Search the schedule of the bundled digits network (no download; minutes on two cores).
+
+    The whole protocol with 10,000 images per trial on 8×8 digits: λ = 1, b in coarse and fine steps, then k.
+    """
+    from search.runner import submit as run
+    from search.spec import load
+
+    run(load(Path(__file__).with_name("demo.yaml")), store)
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path), metavar="JOB.yaml")
+@_store_option
+def submit(job: Path, store: str) -> None:
+    """Run the search that a job file describes, on this machine.
+
+    \b
+    A job file:
+      model:     {name: adm-cifar10, format: adm, path: cifar10.pt, options: {image_size: 32, …}}
+      dataset:   {name: cifar10, reference: cifar10-stats.npz}    # or a folder or archive of images
+      features:  inception-v3-compat                              # or a TorchScript file
+      sampling:  {solver: ddpm, nfe: [20, 50]}                    # ddpm, ddim, euler or heun
+      search:    {strategy: paper, images: 10000, seed: 0}
+
+    A job that was interrupted goes on where it stopped when it is submitted again.
+    """
+    from search.runner import submit as run
+    from search.spec import load
+
+    run(load(job), store)
+
+
+@main.command()
+@_store_option
+@_json_option
+def jobs(store: str, as_json: bool) -> None:
+    """List the searches in the store, newest first."""
+    from storage import open_store
+
+    with open_store(store) as opened:
+        found = opened.jobs()
+    rows = [
+        {
+            "id": j.id,
+            "model": j.model,
+            "dataset": j.dataset,
+            "solver": j.solver,
+            "nfe": j.nfe,
+            "status": j.status,
+        }
+        for j in found
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif not rows:
+        click.echo("no jobs yet: try `lamtune demo` or `lamtune submit JOB.yaml`")
+    else:
+        table = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for line in table:
+            click.echo(
+                "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+            )
+
+
+@main.command()
+@click.option("--model", required=True, help="The model's name in its job file.")
+@click.option("--dataset", required=True, help="The dataset's name in its job file.")
+@click.option("--nfe", required=True, type=int, help="Number of network evaluations per image.")
+@click.option("--solver", help="Only this solver (ddpm, ddim, euler, heun); default: the best of all.")
+@_store_option
+@_json_option
+def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_json: bool) -> None:
+    """Show the best schedule that the store knows for a model, dataset and NFE."""
+    from search.report import best_as_dict, best_as_text
+    from storage import open_store
+
+    with open_store(store) as opened:
+        found = opened.best(model=model, dataset=dataset, nfe=nfe, solver=solver)
+    click.echo(json.dumps(best_as_dict(found), indent=2) if as_json else best_as_text(found))
+
+
+@main.command()
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+@_store_option
+def dashboard(port: int, store: str) -> None:
+    """Serve the Optuna dashboard of the store on this machine (loopback only: it has no login)."""
+    from storage import open_store
+
+    with open_store(store) as opened:
+        from optuna_dashboard import run_server
+
+        click.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        run_server(opened.optuna_storage(), host="127.0.0.1", port=port)
+
+
+@main.command()
+@click.argument("images", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="STATS.npz")
+@click.option(
+    "--features",
+    default="inception-v3-compat",
+    show_default=True,
+    help="An extractor's name or a TorchScript file, as in the job file.",
+)
+@click.option(
+    "--resize", type=int, metavar="SIDE", help="Scale and crop to SIDE×SIDE pixels, as ADM's loader does."
+)
+def reference(images: Path, output: Path, features: str, resize: int | None) -> None:
+    """Compute the statistics of real images once, for `dataset.reference` of many jobs.
+
+    IMAGES is a folder (with sub-folders), a .zip or .tar archive, or an .npz of images (arr_0). The file has
+    EDM's layout (mu, sigma) and remembers which extractor it belongs to.
+    """
+    from rich.progress import Progress
+
+    from objectives.features import load_extractor
+    from objectives.reference import compute_reference, image_shape
+
+    shape = image_shape(images, resize)
+    extractor = load_extractor(features, shape)
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.parent}")
+    with Progress(transient=True) as bar:
+        task = bar.add_task("features", total=None)
+        statistics = compute_reference(
+            images,
+            extractor,
+            shape,
+            resize=resize is not None,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    statistics.save(output)
+    click.echo(f"{output}: {statistics.n:,} images, {statistics.dim} features of {extractor.name}")

@@ -1,0 +1,81 @@
+"""Writes results for people and for programs. Knows the store's records and nothing of how they came about."""
+
+from typing import Any
+
+from storage import Best
+
+_ORDER = (
+    "model",
+    "dataset",
+    "solver",
+    "nfe",
+    "k",
+    "b",
+    "lambdas",
+    "distance",
+    "baseline_distance",
+    "images",
+    "trials",
+    "status",
+)
+
+
+def number(value: float | None) -> str:
+    """A schedule's number as people write it: at most 9 decimals, no trailing zeros; – where there is none."""
+    return "–" if value is None else f"{value:.9f}".rstrip("0").rstrip(".")
+
+
+def duration(seconds: float) -> str:
+    """4.6 s, 3 min, 2 h 05."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02}"
+
+
+def best_as_dict(best: Best) -> dict[str, Any]:
+    """The answer for programs: first the keys that others rely on, then what identifies and priced the search."""
+    return {key: getattr(best, key) for key in _ORDER} | {
+        "sampling": dict(best.sampling),
+        "seed": best.seed,
+        "evaluator": best.evaluator,
+        "model_fingerprint": best.model_fingerprint,
+        "job": best.job_id,
+        "network_evaluations": best.network_evaluations,
+        "seconds": best.seconds,
+    }
+
+
+def best_as_text(best: Best) -> str:
+    """The answer for people."""
+    lines = [
+        f"{best.model} on {best.dataset}, {best.solver}, NFE {best.nfe} (job {best.job_id}, {best.status})",
+        "",
+    ]
+    if best.k is None:
+        lines.append("  λ_t per evaluation, free")
+    elif best.k == 0:
+        lines.append(f"  λ = {number(best.b)} at every evaluation")
+    else:
+        lines.append(
+            f"  λ_t = k·t + b with k = {number(best.k)}, b = {number(best.b)} (t = 0 is the last evaluation)"
+        )
+    lines.append(f"  distance {best.distance:.4f} with {best.images:,} images, seed {best.seed}")
+    base = best.baseline_distance
+    if base is not None:
+        gain = (
+            f", gain {base - best.distance:.4f} ({100 * (1 - best.distance / base):.1f} %)"
+            if base > 0
+            else ""
+        )
+        lines.append(f"  λ = 1 gives {base:.4f}{gain}")
+    lines.append(
+        f"  found in {best.trials} trials, {best.network_evaluations:,} network evaluations, "
+        f"{duration(best.seconds)} of device time"
+    )
+    shown = [number(round(v, 6)) for v in best.lambdas]
+    if best.k != 0 and len(shown) > 8:
+        shown = [*shown[:4], "…", *shown[-3:]]
+    if best.k != 0:
+        lines.append(f"  λ_0 … λ_{best.nfe - 1}: {', '.join(shown)}")
+    return "\n".join(lines)

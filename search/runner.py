@@ -1,0 +1,176 @@
+"""Runs a job on this machine: checks everything, starts Ray and the workers, and one search per NFE.
+
+The order is the promise: whatever can be wrong with a job is found before Ray starts. Knows nothing of how the
+command line looks; it prints to the console that it is given.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import ray
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from samplers.errors import LamtuneError
+from samplers.sampling import DDIM, DDPM, EDM
+from search import pool, tuner
+from search.evaluator import Evaluator, precision
+from search.progress import TerminalWatcher
+from search.report import best_as_text
+from search.spec import JobSpec
+from search.strategies.paper import PaperStrategy
+from search.study import Search
+from storage import Evaluator as StoredEvaluator
+from storage import Job, NewJob, Store, open_store
+
+# A running job says that it lives this often, and is free for another process after this long a silence.
+_HEARTBEAT_S, _STALE_S = 5.0, 20.0
+
+
+def submit(spec: JobSpec, store_url: str | None, console: Console | None = None) -> tuple[Job, ...]:
+    """Run every search of a job and return the jobs as the store has them then.
+
+    A job that the store has finished is not run again; one that was interrupted goes on. Raises InputError
+    before anything starts where the job cannot run, LamtuneError where it went wrong.
+    """
+    console = console or Console()
+    with open_store(store_url) as store:
+        resources = pool.available(spec)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("reference statistics", visible=False)
+
+            def shown(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, visible=True)
+
+            evaluator = Evaluator.load(spec, torch.device("cpu"), shown)
+        strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
+        jobs = [_job(store, spec, s, evaluator, resources) for s in spec.sampling]
+        todo = [
+            trio for trio in zip(jobs, spec.sampling, strategies, strict=True) if trio[0].status != "finished"
+        ]
+        del evaluator  # the workers hold their own
+        if todo:
+            _run(store, spec, todo, resources, console)
+        for job in jobs:
+            best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
+            console.print(f"\n{best_as_text(best)}", highlight=False)
+        console.print(f"\nstore: {store.safe_url}", highlight=False)
+        return tuple(store.job(job.id) for job in jobs)
+
+
+def strategy(spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator) -> PaperStrategy:
+    """The strategy of one search. Raises InputError that names the key."""
+    return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
+
+
+def _job(
+    store: Store, spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator, resources: pool.Resources
+) -> Job:
+    """The store's job of one search, made if it is new: the same question is the same job."""
+    number_type = precision(spec, torch.device(resources.device))
+    identity = {
+        "model": [spec.model.name, evaluator.model.fingerprint, number_type],
+        "evaluator": evaluator.fingerprint,
+        "dataset": spec.dataset.name,
+        "sampling": asdict(sampling),
+        "search": spec.search.model_dump(mode="json"),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{spec.model.name}--{spec.dataset.name}--{sampling.solver}-{sampling.nfe}--{digest}"
+    found = store.find_job(name)
+    if found is not None:
+        return found
+    return store.create_job(
+        NewJob(
+            study_name=name,
+            model=spec.model.name,
+            model_fingerprint=evaluator.model.fingerprint,
+            dataset=spec.dataset.name,
+            solver=sampling.solver,
+            sampling=asdict(sampling) | {"precision": number_type},
+            nfe=sampling.nfe,
+            strategy=spec.search.strategy,
+            images=spec.search.images,
+            seed=spec.search.seed,
+            spec=spec.as_dict(),
+            evaluator=StoredEvaluator(
+                fingerprint=evaluator.fingerprint,
+                features=evaluator.extractor.name,
+                dimension=evaluator.extractor.dim,
+                reference=evaluator.reference.digest,
+                details={"reference": evaluator.reference.source, "reference_images": evaluator.reference.n},
+            ),
+        )
+    )
+
+
+def _run(
+    store: Store,
+    spec: JobSpec,
+    todo: list[tuple[Job, DDPM | DDIM | EDM, PaperStrategy]],
+    resources: pool.Resources,
+    console: Console,
+) -> None:
+    with _ray(), console.status(f"starting {resources.workers} {resources.device} worker(s)") as status:
+        workers = pool.start_workers(spec, resources)
+        status.stop()
+        for job, sampling, chosen in todo:
+            with _claimed(store, job), TerminalWatcher(job, console) as watcher:
+                search = Search(store, job, chosen, watcher)
+                tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
+                search.check()
+
+
+def _unit(spec: JobSpec, resources: pool.Resources) -> int:
+    """Images per call: less than usual where the first rung would not occupy all workers."""
+    share = -(-spec.search.all_rungs[0] // resources.workers)
+    return max(1, min(resources.unit, share))
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A Ray of our own on this machine, silent unless it fails."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _claimed(store: Store, job: Job) -> Iterator[None]:
+    """Hold a job while it runs, with a heartbeat, and record how it ended."""
+    if not store.claim(job.id, stale_after=_STALE_S):
+        raise LamtuneError(
+            f"job {job.id} is being run by another process; if that one was killed, try again in {_STALE_S:.0f} s"
+        )
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_HEARTBEAT_S):
+            store.heartbeat(job.id)
+
+    heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    heart.start()
+    try:
+        yield
+    except BaseException as error:
+        _stop(ended, heart)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        store.set_status(job.id, "cancelled" if interrupted else "failed", str(error) or type(error).__name__)
+        raise
+    _stop(ended, heart)
+    store.set_status(job.id, "finished")
+
+
+def _stop(ended: threading.Event, heart: threading.Thread) -> None:
+    ended.set()
+    heart.join()

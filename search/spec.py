@@ -1,0 +1,179 @@
+"""The job file: YAML → a validated, frozen JobSpec, or an error that names the file and the key.
+
+Checks what can be checked without opening anything else. Knows nothing of torch, Ray or the store; what a
+checkpoint, an extractor or reference statistics have to say is checked by those who read them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from samplers.errors import InputError
+from samplers.sampling import Sampling
+
+DEFAULT_RUNGS = (1000, 2500, 5000)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Section):
+    """The network: `format` names the adapter, `path` its checkpoint (or factory), `options` its flags."""
+
+    name: str = Field(min_length=1)
+    format: str
+    path: str | None = None
+    options: dict[str, Any] = {}
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class DatasetSpec(_Section):
+    """The real images: `reference` is a folder, an archive, an .npz or the bundled `digits`.
+
+    resize: scale and crop images to the model's size, as ADM's data loader does; else other sizes are refused.
+    """
+
+    name: str = Field(min_length=1)
+    reference: str
+    resize: bool = False
+
+
+class SearchSpec(_Section):
+    """What to search and how thoroughly. `b` and `k`: strides and ranges as the strategy names them, its defaults
+    for what is left out."""
+
+    strategy: Literal["paper"] = "paper"
+    images: int = Field(default=10_000, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    rungs: tuple[int, ...] | None = None
+    b: dict[str, float] = {}
+    k: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _check_rungs(self) -> "SearchSpec":
+        if self.rungs is not None and (
+            list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 2 or self.rungs[-1] > self.images
+        ):
+            raise ValueError(
+                f"rungs must rise from 2 or more to at most images ({self.images}): {self.rungs}"
+            )
+        return self
+
+    @property
+    def all_rungs(self) -> tuple[int, ...]:
+        """Numbers of images after which a trial reports a distance; the last one is `images`."""
+        rungs = DEFAULT_RUNGS if self.rungs is None else self.rungs
+        return (*(r for r in rungs if r < self.images), self.images)
+
+
+class ResourcesSpec(_Section):
+    """Who does the work. `auto`: a worker per GPU, or per processor core where there is no GPU."""
+
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+
+
+class JobSpec(_Section):
+    """A whole job: one search per entry of `sampling` (a list of NFE in the file makes several)."""
+
+    model: ModelSpec
+    dataset: DatasetSpec
+    features: str | dict[str, Any] = "inception-v3-compat"
+    sampling: tuple[Sampling, ...]
+    search: SearchSpec = SearchSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """Where the paths of the model and its options start: the job file's folder."""
+        return self._folder
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _one_per_nfe(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            nfe = value.get("nfe")
+            if nfe == []:
+                raise ValueError("nfe is empty: name at least one number of network evaluations")
+            return [{**value, "nfe": n} for n in nfe] if isinstance(nfe, list) else [dict(value)]
+        return value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the store: what `parse` took, with defaults filled in."""
+        return {**self.model_dump(mode="json"), "sampling": [asdict(s) for s in self.sampling]}
+
+
+def load(path: str | Path) -> JobSpec:
+    """Read a job file. Relative paths in it are relative to its folder. Raises InputError."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: the job file cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not a YAML file: {error}") from None
+    return parse(data, source=str(path), folder=path.parent)
+
+
+def parse(data: Any, source: str, folder: Path) -> JobSpec:
+    """Validate the content of a job file; `source` names it in errors, `folder` is where its paths start."""
+    if not isinstance(data, Mapping):
+        raise InputError(f"{source}: a job is a mapping with the keys model, dataset, sampling, …")
+    try:
+        spec = JobSpec.model_validate(data)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{source}: {line}" for line in _lines(error))) from None
+    return _resolve(spec, folder)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    """One line per mistake, beginning with its key as written in the file."""
+    lines = []
+    for mistake in error.errors(include_url=False):
+        tags = {"ddpm", "ddim", "euler", "heun", "int", "str"}  # union branches, which the file does not have
+        key = ".".join(
+            str(p) for p in mistake["loc"] if isinstance(p, str) and p not in tags and "[" not in p
+        )
+        reason = mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            reason = "unknown key"
+        elif mistake["type"] in ("missing", "missing_argument"):
+            reason = "this key is missing"
+        elif "input" in mistake and not isinstance(mistake["input"], Mapping | list):
+            reason += f" (got {mistake['input']!r})"
+        lines.append(f"{key}: {reason}" if key else reason)
+    return list(dict.fromkeys(lines))
+
+
+def _resolve(spec: JobSpec, folder: Path) -> JobSpec:
+    """The same job with its paths made absolute, so that any process can open them."""
+
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    update: dict[str, Any] = {}
+    if spec.dataset.reference != "digits" or Path(absolute("digits")).exists():
+        update["dataset"] = spec.dataset.model_copy(update={"reference": absolute(spec.dataset.reference)})
+    if isinstance(spec.features, dict):
+        if isinstance(path := spec.features.get("path"), str):
+            update["features"] = {**spec.features, "path": absolute(path)}
+    elif Path(absolute(spec.features)).is_file():
+        update["features"] = absolute(spec.features)
+    resolved = spec.model_copy(update=update)
+    resolved._folder = folder.resolve()
+    return resolved
