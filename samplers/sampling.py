@@ -186,7 +186,8 @@ class EDM:
         return Plan(grid.times, run, grid.start)
 
 
-Sampling = Annotated[DDPM | DDIM | EDM, Field(discriminator="solver")]
+Solver = DDPM | DDIM | EDM
+Sampling = Annotated[Solver, Field(discriminator="solver")]
 
 
 def _discrete(model: Model, solver: str, nfe: int, respacing: str) -> DiscreteGrid:

@@ -171,9 +171,10 @@ def reference(images: Path, output: Path, features: str, resize: int | None) -> 
 
     from objectives.features import load_extractor
     from objectives.reference import compute_reference, image_shape
+    from search.evaluator import accelerator
 
     shape = image_shape(images, resize)
-    extractor = load_extractor(features, shape)
+    extractor = load_extractor(features, shape).to(accelerator())
     if not output.parent.is_dir():
         raise InputError(f"{output}: there is no folder {output.parent}")
     with Progress(transient=True) as bar:

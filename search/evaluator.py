@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from typing import Literal, Self
 
@@ -20,7 +21,7 @@ from objectives.reference import Reference, load_reference
 from samplers.generate import Sampler
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import Solver
 from samplers.schedule import Schedule
 from search.spec import JobSpec
 
@@ -39,6 +40,11 @@ def precision(spec: JobSpec, device: torch.device) -> Precision:
     return asked
 
 
+def accelerator() -> torch.device:
+    """Where features are computed fastest on this machine."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """A model, an extractor and reference statistics that fit each other, on one device."""
@@ -54,20 +60,30 @@ class Evaluator:
 
     @classmethod
     def load(
-        cls, spec: JobSpec, device: torch.device, progress: Callable[[int, int], None] | None = None
+        cls,
+        spec: JobSpec,
+        device: torch.device,
+        reference: Reference | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Read everything that the job names. Raises InputError that names the key or file at fault.
 
-        progress(done, total) is called while reference statistics are computed (once; then they are cached).
+        reference: statistics that another process has read already; None: read them, or compute them once, with
+        progress(done, total), and cache them.
         """
         model = load_model(spec.model.format, spec.model.path, spec.model.options, spec.folder)
         for sampling in spec.sampling:
             sampling.plan(model)
         extractor = load_extractor(spec.features, model.image_shape)
-        data = spec.dataset
-        reference = load_reference(
-            data.reference, extractor, model.image_shape, resize=data.resize, progress=progress
-        )
+        if reference is None:
+            data = spec.dataset
+            reference = load_reference(
+                data.reference,
+                extractor.to(accelerator()),
+                model.image_shape,
+                resize=data.resize,
+                progress=progress,
+            )
         micro_batch = None if spec.resources.micro_batch == "auto" else spec.resources.micro_batch
         return cls(
             model=model.to(device),
@@ -85,9 +101,7 @@ class Evaluator:
         """Hex digest of what makes two distances comparable: the extractor and the reference statistics."""
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.reference.digest}".encode()).hexdigest()
 
-    def sample(
-        self, sampling: DDPM | DDIM | EDM, schedule: Schedule, start: int, stop: int
-    ) -> tuple[Moments, float]:
+    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
         """Moments of the features of images start … stop − 1, and the seconds that it took.
 
         Raises NonFiniteError.
@@ -103,9 +117,7 @@ class Evaluator:
         )
         images = sampler.images(schedule, start, stop)
         edges = [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK), stop]
-        blocks = [
-            self.extractor(images[a - start : b - start]) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        blocks = [self.extractor(images[a - start : b - start]) for a, b in pairwise(edges)]
         moments = Moments.of(torch.cat(blocks)).to("cpu")
         return moments, time.perf_counter() - began
 

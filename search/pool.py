@@ -5,15 +5,16 @@ Knows nothing of trials, strategies or the store: it answers calls for ranges of
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import ray
 import torch
 from ray.actor import ActorHandle
 
 from objectives.moments import Moments
+from objectives.reference import Reference
 from samplers.errors import InputError
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import Solver
 from samplers.schedule import Schedule
 from search.evaluator import BLOCK, Evaluator
 from search.spec import JobSpec
@@ -55,18 +56,18 @@ def available(spec: JobSpec) -> Resources:
 class SamplerWorker:
     """One process with the job's network, extractor and reference on its device."""
 
-    def __init__(self, spec: JobSpec, device: str, threads: int) -> None:
+    def __init__(
+        self, spec: JobSpec, reference: list[ray.ObjectRef[Reference]], device: str, threads: int
+    ) -> None:
         torch.set_num_threads(threads)
-        self._evaluator = Evaluator.load(spec, torch.device(device))
+        self._evaluator = Evaluator.load(spec, torch.device(device), ray.get(reference[0]))
 
     def ready(self) -> str:
         """Answers once everything is loaded: the name of the device."""
         device = self._evaluator.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-    def sample(
-        self, sampling: DDPM | DDIM | EDM, schedule: Schedule, start: int, stop: int
-    ) -> tuple[Moments, float]:
+    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
         """See Evaluator.sample."""
         return self._evaluator.sample(sampling, schedule, start, stop)
 
@@ -75,18 +76,27 @@ class SamplerWorker:
         return self._evaluator.merge(*parts)
 
 
-def start_workers(spec: JobSpec, resources: Resources) -> list[ActorHandle[Any]]:
-    """Start the workers and wait until all are ready. Ray must be initialised."""
-    gpu = resources.device == "cuda"
-    actor = ray.remote(SamplerWorker).options(
-        num_gpus=1 if gpu else 0,
-        num_cpus=0 if gpu else resources.threads,
-        max_restarts=_RESTARTS,
-        max_task_retries=_RESTARTS,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
-    )
-    workers: list[Any] = [
-        actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
-    ]
-    ray.get([worker.ready.remote() for worker in workers])
-    return workers
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The running workers. It keeps the reference statistics alive, which a worker that is restarted reads again."""
+
+    workers: tuple[ActorHandle[Any], ...]
+    reference: ray.ObjectRef[Reference]
+
+    @classmethod
+    def start(cls, spec: JobSpec, reference: Reference, resources: Resources) -> Self:
+        """Start the workers and wait until all are ready. Ray must be initialised."""
+        gpu = resources.device == "cuda"
+        actor = ray.remote(SamplerWorker).options(
+            num_gpus=1 if gpu else 0,
+            num_cpus=0 if gpu else resources.threads,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
+        )
+        kept = ray.put(reference)
+        workers: list[Any] = [
+            actor.remote(spec, [kept], resources.device, resources.threads) for _ in range(resources.workers)
+        ]
+        ray.get([worker.ready.remote() for worker in workers])
+        return cls(tuple(workers), kept)

@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from objectives.reference import Reference
 from samplers.errors import LamtuneError
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import Solver
 from search import pool, tuner
 from search.evaluator import Evaluator, precision
 from search.progress import TerminalWatcher
@@ -49,15 +50,16 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
             def shown(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total, visible=True)
 
-            evaluator = Evaluator.load(spec, torch.device("cpu"), shown)
+            evaluator = Evaluator.load(spec, torch.device("cpu"), progress=shown)
         strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
         jobs = [_job(store, spec, s, evaluator, resources) for s in spec.sampling]
         todo = [
             trio for trio in zip(jobs, spec.sampling, strategies, strict=True) if trio[0].status != "finished"
         ]
+        reference = evaluator.reference
         del evaluator  # the workers hold their own
         if todo:
-            _run(store, spec, todo, resources, console)
+            _run(store, spec, reference, todo, resources, console)
         for job in jobs:
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
             console.print(f"\n{best_as_text(best)}", highlight=False)
@@ -65,13 +67,13 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
         return tuple(store.job(job.id) for job in jobs)
 
 
-def strategy(spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator) -> PaperStrategy:
+def strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> PaperStrategy:
     """The strategy of one search. Raises InputError that names the key."""
     return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
 
 
 def _job(
-    store: Store, spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator, resources: pool.Resources
+    store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator, resources: pool.Resources
 ) -> Job:
     """The store's job of one search, made if it is new: the same question is the same job."""
     number_type = precision(spec, torch.device(resources.device))
@@ -114,17 +116,20 @@ def _job(
 def _run(
     store: Store,
     spec: JobSpec,
-    todo: list[tuple[Job, DDPM | DDIM | EDM, PaperStrategy]],
+    reference: Reference,
+    todo: list[tuple[Job, Solver, PaperStrategy]],
     resources: pool.Resources,
     console: Console,
 ) -> None:
     with _ray(), console.status(f"starting {resources.workers} {resources.device} worker(s)") as status:
-        workers = pool.start_workers(spec, resources)
+        running = pool.Pool.start(spec, reference, resources)
         status.stop()
         for job, sampling, chosen in todo:
             with _claimed(store, job), TerminalWatcher(job, console) as watcher:
                 search = Search(store, job, chosen, watcher)
-                tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
+                tuner.run_trials(
+                    search, running.workers, sampling, spec.search.all_rungs, _unit(spec, resources)
+                )
                 search.check()
 
 
@@ -138,6 +143,8 @@ def _unit(spec: JobSpec, resources: pool.Resources) -> int:
 def _ray() -> Iterator[None]:
     """A Ray of our own on this machine, silent unless it fails."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's C++ side warns on every start that a restarted worker needs its arguments; `pool.Pool` keeps them.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
