@@ -5,7 +5,7 @@ Knows nothing of trials, strategies or the store: it answers calls for ranges of
 
 import os
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import ray
 import torch
@@ -56,16 +56,20 @@ def available(spec: JobSpec) -> Resources:
 class SamplerWorker:
     """One process with the job's network, extractor and reference on its device."""
 
-    def __init__(
-        self, spec: JobSpec, reference: list[ray.ObjectRef[Reference]], device: str, threads: int
-    ) -> None:
+    def __init__(self, spec: JobSpec, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._evaluator = Evaluator.load(spec, torch.device(device), ray.get(reference[0]))
+        self._spec, self._device = spec, torch.device(device)
+        self._loaded: Evaluator | None = None
 
-    def ready(self) -> str:
-        """Answers once everything is loaded: the name of the device."""
-        device = self._evaluator.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    def load(self, reference: Reference) -> None:
+        """Load everything, with statistics that the driver has read."""
+        self._loaded = Evaluator.load(self._spec, self._device, reference)
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        # A worker that Ray started again reads the statistics itself; they are cached.
+        self._loaded = self._loaded or Evaluator.load(self._spec, self._device)
+        return self._loaded
 
     def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
         """See Evaluator.sample."""
@@ -76,27 +80,19 @@ class SamplerWorker:
         return self._evaluator.merge(*parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """The running workers. It keeps the reference statistics alive, which a worker that is restarted reads again."""
-
-    workers: tuple[ActorHandle[Any], ...]
-    reference: ray.ObjectRef[Reference]
-
-    @classmethod
-    def start(cls, spec: JobSpec, reference: Reference, resources: Resources) -> Self:
-        """Start the workers and wait until all are ready. Ray must be initialised."""
-        gpu = resources.device == "cuda"
-        actor = ray.remote(SamplerWorker).options(
-            num_gpus=1 if gpu else 0,
-            num_cpus=0 if gpu else resources.threads,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
-        )
-        kept = ray.put(reference)
-        workers: list[Any] = [
-            actor.remote(spec, [kept], resources.device, resources.threads) for _ in range(resources.workers)
-        ]
-        ray.get([worker.ready.remote() for worker in workers])
-        return cls(tuple(workers), kept)
+def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> list[ActorHandle[Any]]:
+    """Start the workers and wait until all are ready. Ray must be initialised."""
+    gpu = resources.device == "cuda"
+    actor = ray.remote(SamplerWorker).options(
+        num_gpus=1 if gpu else 0,
+        num_cpus=0 if gpu else resources.threads,
+        max_restarts=_RESTARTS,
+        max_task_retries=_RESTARTS,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
+    )
+    workers: list[Any] = [
+        actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
+    ]
+    shared = ray.put(reference)
+    ray.get([worker.load.remote(shared) for worker in workers])
+    return workers

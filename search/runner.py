@@ -122,14 +122,12 @@ def _run(
     console: Console,
 ) -> None:
     with _ray(), console.status(f"starting {resources.workers} {resources.device} worker(s)") as status:
-        running = pool.Pool.start(spec, reference, resources)
+        workers = pool.start_workers(spec, reference, resources)
         status.stop()
         for job, sampling, chosen in todo:
             with _claimed(store, job), TerminalWatcher(job, console) as watcher:
                 search = Search(store, job, chosen, watcher)
-                tuner.run_trials(
-                    search, running.workers, sampling, spec.search.all_rungs, _unit(spec, resources)
-                )
+                tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
                 search.check()
 
 
@@ -143,8 +141,6 @@ def _unit(spec: JobSpec, resources: pool.Resources) -> int:
 def _ray() -> Iterator[None]:
     """A Ray of our own on this machine, silent unless it fails."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's C++ side warns on every start that a restarted worker needs its arguments; `pool.Pool` keeps them.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
