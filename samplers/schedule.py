@@ -57,9 +57,9 @@ class Schedule:
     def constrained(cls, nfe: int, mean: float, k: float) -> Self:
         """The line of slope k whose λ sum to nfe·mean, as those of uniform(nfe, mean) do.
 
-        b = mean - k·(nfe - 1)/2 (the paper's linear schedule).
+        b = mean - k·(nfe - 1)/2 (the paper's linear schedule), to 12 decimals, so that it prints as people write it.
         """
-        return cls.linear(nfe, k, mean - k * (nfe - 1) / 2)
+        return cls.linear(nfe, k, round(mean - k * (nfe - 1) / 2, 12))
 
     @classmethod
     def free(cls, lambdas: Iterable[float]) -> Self:
