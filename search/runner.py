@@ -139,7 +139,10 @@ def _unit(spec: JobSpec, resources: pool.Resources) -> int:
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """A Ray of our own on this machine, silent unless it fails."""
+    """The Ray that this process is in already, else one of our own on this machine, silent unless it fails."""
+    if ray.is_initialized():
+        yield
+        return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:

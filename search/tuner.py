@@ -226,7 +226,6 @@ def run_trials(
     sampling: object,
     rungs: Sequence[int],
     unit: int,
-    concurrent: int = 1,
 ) -> None:
     """Run trials until the loop has finished. Ray must be initialised; every trial uses all workers.
 
@@ -254,7 +253,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(loop),
                 num_samples=-1,
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=1,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(

@@ -1,0 +1,90 @@
+"""samplers.generate: an image depends on its id, the seed and the schedule, and on nothing else."""
+
+import math
+
+import pytest
+import torch
+
+from samplers.errors import NonFiniteError
+from samplers.generate import Sampler
+from samplers.models.load import load_model
+from samplers.sampling import DDIM, DDPM, EDM
+from samplers.schedule import Schedule
+
+CPU = torch.device("cpu")
+SOLVERS = {
+    "ddpm": (DDPM("ddpm", 6), "discrete"),
+    "ddim": (DDIM("ddim", 5, eta=0.5), "discrete"),
+    "heun with churn": (EDM("heun", 7, S_churn=10), "sigma"),
+}
+
+
+def cloud(time):
+    return load_model("ideal", None, {"time": time, "shape": [2, 4, 4], "points": 5, "seed": 1})
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_images_do_not_depend_on_range_or_micro_batch(name):
+    sampling, time = SOLVERS[name]
+    schedule = Schedule.uniform(sampling.nfe, 1.02)
+    whole = Sampler(cloud(time), sampling, CPU, seed=3).images(schedule, 0, 50)
+    assert whole.shape == (50, 2, 4, 4)
+    assert whole.dtype == torch.uint8
+    parts = Sampler(cloud(time), sampling, CPU, seed=3, micro_batch=7)
+    again = torch.cat([parts.images(schedule, 0, 13), parts.images(schedule, 13, 50)])
+    assert torch.equal(whole, again)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_seed_and_schedule_change_the_images(name):
+    sampling, time = SOLVERS[name]
+    first = Sampler(cloud(time), sampling, CPU, seed=0).images(Schedule.uniform(sampling.nfe, 1.0), 0, 20)
+    for seed, b in ((1, 1.0), (0, 1.3)):
+        other = Sampler(cloud(time), sampling, CPU, seed=seed).images(
+            Schedule.uniform(sampling.nfe, b), 0, 20
+        )
+        assert not torch.equal(first, other)
+
+
+def test_an_exact_denoiser_of_a_point_cloud_samples_its_points():
+    model = cloud("discrete")
+    images = Sampler(model, DDIM("ddim", 50), CPU).images(Schedule.uniform(50, 1.0), 0, 200)
+    points = model.pixels(torch.from_numpy(model.distribution.arrays[0])).double()
+    gaps = (images.double().flatten(1)[:, None] - points.flatten(1)[None]).abs().amax(2).amin(1)
+    assert (gaps <= 1).float().mean() > 0.95
+
+
+def test_images_that_are_not_finite_are_refused():
+    class Diverging:
+        def __getattr__(self, name):
+            return getattr(cloud("discrete"), name)
+
+        def __call__(self, x, time, labels):
+            return cloud("discrete")(x, time, labels)._replace(eps=torch.full_like(x, math.nan))
+
+    sampler = Sampler(Diverging(), DDPM("ddpm", 5), CPU)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        sampler.images(Schedule.uniform(5, 1.0), 0, 4)
+
+
+def test_a_schedule_of_another_length_is_refused():
+    with pytest.raises(AssertionError, match="4 λ for 6 evaluations"):
+        Sampler(cloud("discrete"), DDPM("ddpm", 6), CPU).images(Schedule.uniform(4, 1.0), 0, 4)
+
+
+def test_a_class_conditional_network_gets_the_labels_of_the_images(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x, t, labels):\n"
+        "        return x - (labels.float() / 4 - 0.5)[:, None, None, None]\n"
+        "def make():\n"
+        "    return Net()\n"
+    )
+    options = {"shape": [1, 2, 2], "time": "discrete", "prediction": "epsilon", "num_classes": 4}
+    model = load_model("python", "net.py:make", options, tmp_path)
+    sampling = DDPM("ddpm", 5)
+    whole = Sampler(model, sampling, CPU).images(Schedule.uniform(5, 1.0), 0, 64)
+    split = Sampler(model, sampling, CPU, micro_batch=5).images(Schedule.uniform(5, 1.0), 32, 64)
+    assert torch.equal(whole[32:], split)
+    assert len(whole.flatten(1).unique(dim=0)) > 4

@@ -1,0 +1,212 @@
+"""search.runner: whole jobs over real Ray workers, and what interrupts them."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from samplers.errors import InputError, LamtuneError
+from search import runner
+from search.spec import parse
+from storage import open_store
+
+# An exact denoiser of 8×8 Gaussian noise: no weights, and the digits features measure it.
+JOB = {
+    "model": {
+        "name": "gauss",
+        "format": "ideal",
+        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
+    },
+    "dataset": {"name": "digits", "reference": "digits"},
+    "features": "digits",
+    "sampling": {"solver": "ddpm", "nfe": 5},
+    "search": {
+        "images": 600,
+        "rungs": [100, 300],
+        "b": {"coarse": 0.1, "fine": 0.05},
+        "k": {"start": 0, "stop": 0},
+    },
+    "resources": {"workers": 1},
+}
+
+
+@pytest.fixture
+def quiet():
+    return Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAMTUNE_CACHE", str(tmp_path / "cache"))
+
+
+def changed(section, **keys):
+    return {**JOB, section: {**JOB[section], **keys}}
+
+
+def submitted(job, folder, console, name="store.db"):
+    url = f"sqlite:///{folder}/{name}"
+    jobs = runner.submit(parse(job, "job.yaml", folder), url, console)
+    with open_store(url) as store:
+        return jobs, [store.evaluations(j.id) for j in jobs]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_same_job_gives_the_same_distances_on_any_number_of_workers(tmp_path, quiet):
+    results = {}
+    for workers, micro_batch in ((1, "auto"), (2, 64), (3, 37)):
+        job = changed("resources", workers=workers, micro_batch=micro_batch)
+        _, (evaluations,) = submitted(job, tmp_path, quiet, f"{workers}.db")
+        results[workers] = [(e.lambdas, e.images, dict(e.rungs)) for e in evaluations]
+    assert len(results[1]) >= 4
+    for workers in (2, 3):
+        for (lambdas, images, rungs), other in zip(results[1], results[workers], strict=True):
+            assert (lambdas, images, list(rungs)) == (other[0], other[1], list(other[2]))
+            for n, distance in rungs.items():
+                assert math.isclose(distance, other[2][n], rel_tol=1e-9)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_several_nfe_make_several_jobs_and_a_finished_job_is_not_run_again(tmp_path, quiet):
+    job = changed("sampling", nfe=[4, 5])
+    jobs, evaluations = submitted(job, tmp_path, quiet)
+    assert [(j.nfe, j.status) for j in jobs] == [(4, "finished"), (5, "finished")]
+    assert all({e.state for e in of_job} == {"complete"} for of_job in evaluations)
+    assert all(
+        e.network_evaluations == 600 * j.nfe
+        for j, of_job in zip(jobs, evaluations, strict=True)
+        for e in of_job
+    )
+    again, unchanged = submitted(job, tmp_path, quiet)
+    assert again == jobs
+    assert unchanged == evaluations
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_with_another_seed_is_another_job_with_other_distances(tmp_path, quiet):
+    (first,), (one,) = submitted(JOB, tmp_path, quiet)
+    (second,), (other,) = submitted(changed("search", seed=1), tmp_path, quiet)
+    assert first.id != second.id
+    assert one[0].lambdas == other[0].lambdas
+    assert one[0].distance != other[0].distance
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_model_that_diverges_fails_its_trials_and_the_job_says_so(tmp_path, quiet):
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x, t):\n"
+        "        return torch.where(t[:, None, None, None] > 900, x, float('nan') * x)\n"
+        "def make():\n"
+        "    return Net()\n"
+    )
+    options = {"shape": [1, 8, 8], "time": "discrete", "prediction": "epsilon"}
+    job = {**JOB, "model": {"name": "nan", "format": "python", "path": "net.py:make", "options": options}}
+    url = f"sqlite:///{tmp_path}/store.db"
+    with pytest.raises(LamtuneError, match="no schedule has a finite distance"):
+        runner.submit(parse(job, "job.yaml", tmp_path), url, quiet)
+    with open_store(url) as store:
+        (stored,) = store.jobs()
+        assert stored.status == "failed"
+        states = {(e.state, e.error) for e in store.evaluations(stored.id)}
+        assert states == {("failed", "sampling gave images that are not finite")}
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (changed("dataset", reference="absent"), "absent: no such file or folder"),
+        (changed("model", format="adm", path="absent.pt", options={}), "absent.pt"),
+        (changed("model", format="sdxl"), "model.format must be one of .*adm.*'sdxl'"),
+        (changed("sampling", solver="heun", nfe=7), "sampling.solver: heun needs a sigma-based network"),
+        (changed("sampling", nfe=2000), "sampling.nfe: 2000 sampling steps were asked.*1000"),
+        (changed("sampling", solver="ddim", nfe=70), "sampling.nfe: .*ddim67.*ddim72"),
+        (changed("search", b={"coarse": 0.0}), "b.coarse"),
+        (changed("search", b={"stride": 0.1}), "b.stride is not a key"),
+        ({**JOB, "features": "inception-v9"}, "features: .*inception-v9"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_ray_starts(job, message, tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr(runner.ray, "init", lambda **_: pytest.fail("Ray was started"))
+    with pytest.raises(InputError, match=message):
+        runner.submit(parse(job, "job.yaml", tmp_path), f"sqlite:///{tmp_path}/s.db", quiet)
+
+
+def test_statistics_of_other_features_are_refused_with_both_dimensions(tmp_path, quiet):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(InputError, match=r"stats\.npz.*2048.*64"):
+        runner.submit(
+            parse(changed("dataset", reference="stats.npz"), "job.yaml", tmp_path),
+            f"sqlite:///{tmp_path}/s.db",
+            quiet,
+        )
+
+
+def test_more_gpus_than_there_are_are_refused(tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"resources\.workers: 5 were asked for, but this machine has 2"):
+        runner.submit(
+            parse(changed("resources", workers=5), "job.yaml", tmp_path), f"sqlite:///{tmp_path}/s.db", quiet
+        )
+
+
+def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ray):
+    (job,), _ = submitted(JOB, tmp_path, quiet)
+    with open_store(f"sqlite:///{tmp_path}/store.db") as store:
+        store.set_status(job.id, "queued")
+        assert store.claim(job.id, stale_after=60)
+        with pytest.raises(LamtuneError, match="is being run by another process"):
+            runner.submit(parse(JOB, "job.yaml", tmp_path), store.safe_url, quiet)
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+from search import runner
+from search.spec import load
+runner._STALE_S = 1.0
+runner.submit(load(Path(sys.argv[1])), sys.argv[2])
+"""
+
+
+def test_a_killed_driver_goes_on_where_it_stopped(tmp_path):
+    import yaml
+
+    slow = changed("search", images=4000, rungs=[1000])
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(slow))
+    url = f"sqlite:///{tmp_path}/store.db"
+    command = [sys.executable, "-c", _DRIVER, str(tmp_path / "job.yaml"), url]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with open_store(url) as store:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            jobs = store.jobs()
+            if jobs and [e.state for e in store.evaluations(jobs[0].id)][:2] == ["complete", "running"]:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the second trial never started")
+        children = psutil.Process(driver.pid).children(recursive=True)
+        os.kill(driver.pid, signal.SIGKILL)
+        for child in children:  # Ray's own processes of that driver
+            child.kill() if child.is_running() else None
+        driver.wait()
+        before = store.evaluations(jobs[0].id)
+        time.sleep(1.5)
+        subprocess.run(command, check=True, timeout=200)
+        after = store.evaluations(jobs[0].id)
+        assert store.job(jobs[0].id).status == "finished"
+        assert after[0] == before[0]  # finished evaluations stay as they were
+        assert [e.state for e in after].count("failed") == 1
+        assert "interrupted" in after[1].error
+        assert {e.state for e in after[2:]} == {"complete"}
+        assert len({e.lambdas for e in after if e.state == "complete"}) == len(after) - 1  # nothing twice
