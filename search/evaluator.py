@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from typing import Literal, Self
 
@@ -20,7 +21,7 @@ from objectives.reference import Reference, load_reference
 from samplers.generate import Sampler
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import Solver
 from samplers.schedule import Schedule
 from search.spec import JobSpec
 
@@ -85,9 +86,7 @@ class Evaluator:
         """Hex digest of what makes two distances comparable: the extractor and the reference statistics."""
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.reference.digest}".encode()).hexdigest()
 
-    def sample(
-        self, sampling: DDPM | DDIM | EDM, schedule: Schedule, start: int, stop: int
-    ) -> tuple[Moments, float]:
+    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
         """Moments of the features of images start … stop − 1, and the seconds that it took.
 
         Raises NonFiniteError.
@@ -103,9 +102,7 @@ class Evaluator:
         )
         images = sampler.images(schedule, start, stop)
         edges = [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK), stop]
-        blocks = [
-            self.extractor(images[a - start : b - start]) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        blocks = [self.extractor(images[a - start : b - start]) for a, b in pairwise(edges)]
         moments = Moments.of(torch.cat(blocks)).to("cpu")
         return moments, time.perf_counter() - began
 

@@ -4,6 +4,7 @@ Knows nothing of trials, strategies or the store: it answers calls for ranges of
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.actor import ActorHandle
 
 from objectives.moments import Moments
 from samplers.errors import InputError
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import Solver
 from samplers.schedule import Schedule
 from search.evaluator import BLOCK, Evaluator
 from search.spec import JobSpec
@@ -64,9 +65,7 @@ class SamplerWorker:
         device = self._evaluator.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-    def sample(
-        self, sampling: DDPM | DDIM | EDM, schedule: Schedule, start: int, stop: int
-    ) -> tuple[Moments, float]:
+    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
         """See Evaluator.sample."""
         return self._evaluator.sample(sampling, schedule, start, stop)
 
@@ -90,3 +89,9 @@ def start_workers(spec: JobSpec, resources: Resources) -> list[ActorHandle[Any]]
     ]
     ray.get([worker.ready.remote() for worker in workers])
     return workers
+
+
+def stop_workers(workers: Sequence[ActorHandle[Any]]) -> None:
+    """Give the processors or GPUs back, also where Ray goes on."""
+    for worker in workers:
+        ray.kill(worker)

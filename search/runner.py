@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from samplers.errors import LamtuneError
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import Solver
 from search import pool, tuner
 from search.evaluator import Evaluator, precision
+from search.ms_eps import complete
 from search.progress import TerminalWatcher
 from search.report import best_as_text
 from search.spec import JobSpec
@@ -44,16 +45,20 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
     with open_store(store_url) as store:
         resources = pool.available(spec)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("reference statistics", visible=False)
-
-            def shown(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, visible=True)
-
-            evaluator = Evaluator.load(spec, torch.device("cpu"), shown)
-        strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
-        jobs = [_job(store, spec, s, evaluator, resources) for s in spec.sampling]
+            evaluator = Evaluator.load(spec, torch.device("cpu"), _shown(bar, "reference statistics"))
+            strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
+            device = torch.device(resources.device)
+            samplings = complete(
+                spec, evaluator.model, device, _shown(bar, "Γ (ms_eps): network evaluations")
+            )
+        jobs = [
+            _job(store, spec, asked, ready.ms_eps, evaluator, resources)
+            for asked, ready in zip(spec.sampling, samplings, strict=True)
+        ]
         todo = [
-            trio for trio in zip(jobs, spec.sampling, strategies, strict=True) if trio[0].status != "finished"
+            (job, ready.sampling, chosen)
+            for job, ready, chosen in zip(jobs, samplings, strategies, strict=True)
+            if job.status != "finished"
         ]
         del evaluator  # the workers hold their own
         if todo:
@@ -65,21 +70,35 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
         return tuple(store.job(job.id) for job in jobs)
 
 
-def strategy(spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator) -> PaperStrategy:
+def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
+    """progress(done, total) as a line of the bar, which appears with the first call."""
+    task = bar.add_task(what, visible=False)
+    return lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> PaperStrategy:
     """The strategy of one search. Raises InputError that names the key."""
     return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
 
 
 def _job(
-    store: Store, spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator, resources: pool.Resources
+    store: Store,
+    spec: JobSpec,
+    sampling: Solver,
+    ms_eps: str | None,
+    evaluator: Evaluator,
+    resources: pool.Resources,
 ) -> Job:
-    """The store's job of one search, made if it is new: the same question is the same job."""
+    """The store's job of one search, made if it is new: the same question is the same job.
+
+    sampling: as the job file has it. ms_eps: what identifies its Γ, wherever the file of it lies.
+    """
     number_type = precision(spec, torch.device(resources.device))
     identity = {
         "model": [spec.model.name, evaluator.model.fingerprint, number_type],
         "evaluator": evaluator.fingerprint,
         "dataset": spec.dataset.name,
-        "sampling": asdict(sampling),
+        "sampling": asdict(sampling) if ms_eps is None else asdict(sampling) | {"ms_eps": ms_eps},
         "search": spec.search.model_dump(mode="json"),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -114,18 +133,21 @@ def _job(
 def _run(
     store: Store,
     spec: JobSpec,
-    todo: list[tuple[Job, DDPM | DDIM | EDM, PaperStrategy]],
+    todo: list[tuple[Job, Solver, PaperStrategy]],
     resources: pool.Resources,
     console: Console,
 ) -> None:
     with _ray(), console.status(f"starting {resources.workers} {resources.device} worker(s)") as status:
         workers = pool.start_workers(spec, resources)
         status.stop()
-        for job, sampling, chosen in todo:
-            with _claimed(store, job), TerminalWatcher(job, console) as watcher:
-                search = Search(store, job, chosen, watcher)
-                tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
-                search.check()
+        try:
+            for job, sampling, chosen in todo:
+                with _claimed(store, job), TerminalWatcher(job, console) as watcher:
+                    search = Search(store, job, chosen, watcher)
+                    tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
+                    search.check()
+        finally:
+            pool.stop_workers(workers)
 
 
 def _unit(spec: JobSpec, resources: pool.Resources) -> int:
@@ -136,7 +158,10 @@ def _unit(spec: JobSpec, resources: pool.Resources) -> int:
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """A Ray of our own on this machine, silent unless it fails."""
+    """A Ray of our own on this machine, silent unless it fails; or the one that this process already has."""
+    if ray.is_initialized():
+        yield
+        return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
