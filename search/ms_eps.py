@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from objectives.reference import DIGITS, cache_folder, read_images
-from samplers.analytic import MsEpsSource, Statistics, cached_ms_eps
+from samplers.analytic import MsEpsSource, Statistics, cached_ms_eps, read_ms_eps
 from samplers.errors import InputError
 from samplers.generate import measure_ms_eps
 from samplers.models.protocol import Model
@@ -24,7 +24,7 @@ _SEED = 0  # Γ belongs to a network and its data: searches with other seeds sha
 @dataclass(frozen=True, slots=True)
 class Complete:
     """A sampling with the file of Γ, if it needs one, and what tells that Γ from others on any machine: the digest
-    of a file that was given, or of what the estimate was made from."""
+    of the numbers in a file that was given, or of what the estimate was made from."""
 
     sampling: Solver
     ms_eps: str | None = None
@@ -50,17 +50,18 @@ def _complete(
 ) -> Complete:
     if not isinstance(sampling, AnalyticDDPM | AnalyticDDIM):
         return Complete(sampling)
+    assert model.betas is not None, "the plan was checked"
+    levels = len(model.betas)
     if not sampling.lacks_ms_eps:
-        used = sampling.ms_eps if sampling.variance == "analytic" else None
-        return Complete(
-            sampling, None if used is None else hashlib.sha256(Path(used).read_bytes()).hexdigest()
-        )
+        if sampling.variance != "analytic" or sampling.ms_eps is None:
+            return Complete(sampling)
+        given = read_ms_eps(Path(sampling.ms_eps), levels)
+        return Complete(sampling, hashlib.sha256(given.tobytes()).hexdigest())
     if model.num_classes is not None:
         raise InputError(
             f"sampling.ms_eps: {sampling.solver} estimates Γ for networks without classes only; "
             "give the file of Γ for this network"
         )
-    assert model.betas is not None, "the plan was checked"
     shape, resize, most = model.image_shape, spec.dataset.resize, sampling.ms_eps_images
     source = _images(spec, sampling)
     data, count = hashlib.sha256(str(shape).encode()), 0
@@ -91,7 +92,7 @@ def _complete(
                 torch.cuda.empty_cache()  # the workers need it
 
     made_from = MsEpsSource(model.fingerprint, data.hexdigest(), count, _SEED, sampling.shift1)
-    file = cached_ms_eps(cache_folder(), made_from, len(model.betas), estimate)
+    file = cached_ms_eps(cache_folder(), made_from, levels, estimate)
     return Complete(sampling.with_ms_eps(file), hashlib.sha256(made_from.text.encode()).hexdigest())
 
 
