@@ -1,6 +1,6 @@
-"""The sampler workers: Ray actors that hold an Evaluator each and outlive trials.
+"""Starts and ends the sampler workers: as many Ray actors as this machine has room for; they outlive trials.
 
-Knows nothing of trials, strategies or the store: it answers calls for ranges of images.
+Knows nothing of trials, strategies or the store.
 """
 
 import os
@@ -12,12 +12,10 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from objectives.moments import Moments
 from samplers.errors import InputError
-from samplers.sampling import Solver
-from samplers.schedule import Schedule
-from search.evaluator import BLOCK, Evaluator
+from search.evaluator import BLOCK
 from search.spec import JobSpec
+from search.worker import SamplerWorker
 
 # Images per call: enough that the call costs nothing beside its work, few enough that a lost one is no loss.
 _UNIT = {"cuda": 8 * BLOCK, "cpu": 2 * BLOCK}
@@ -51,27 +49,6 @@ def available(spec: JobSpec) -> Resources:
         return Resources("cuda", workers, max(1, cores // (workers + 1)))
     workers = cores if asked == "auto" else asked
     return Resources("cpu", workers, max(1, cores // workers))
-
-
-class SamplerWorker:
-    """One process with the job's network, extractor and reference on its device."""
-
-    def __init__(self, spec: JobSpec, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._evaluator = Evaluator.load(spec, torch.device(device))
-
-    def ready(self) -> str:
-        """Answers once everything is loaded: the name of the device."""
-        device = self._evaluator.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
-        """See Evaluator.sample."""
-        return self._evaluator.sample(sampling, schedule, start, stop)
-
-    def merge(self, *parts: Moments) -> tuple[Moments, float]:
-        """See Evaluator.merge."""
-        return self._evaluator.merge(*parts)
 
 
 def start_workers(spec: JobSpec, resources: Resources) -> list[ActorHandle[Any]]:
