@@ -13,23 +13,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-from torch_fidelity.utils import create_feature_extractor
 
 from samplers.errors import InputError
 
 DIGITS = "digits"
 DIGITS_WEIGHTS = Path(__file__).with_name("digits-features.pt")
 INCEPTION = "inception-v3-compat"
-NAMES: tuple[str, ...] = (DIGITS, *sorted(FEATURE_EXTRACTORS_REGISTRY))
-"""Every extractor that is asked for by name; anything else is a TorchScript file."""
-
 _OPTIONS = ("name", "path", "sha256", "layer")
+
+
+def names() -> tuple[str, ...]:
+    """Every extractor that is asked for by name; anything else is a TorchScript file."""
+    return (DIGITS, *sorted(_registry()))
+
+
+def _registry() -> Mapping[str, Any]:
+    # Imported here: with torchvision it costs seconds, which the bundled and the TorchScript features need not pay.
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    return cast(Mapping[str, Any], FEATURE_EXTRACTORS_REGISTRY)
 
 
 class Extractor(Protocol):
@@ -141,7 +147,7 @@ def load_extractor(
 ) -> NetworkExtractor:
     """The extractor that a job file's `features:` asks for, on the CPU.
 
-    `spec` is a name of `NAMES` (torch-fidelity's also as "name/layer"), the path of a TorchScript file that
+    `spec` is one of `names()` (torch-fidelity's also as "name/layer"), the path of a TorchScript file that
     takes uint8 [N, C, H, W] to [N, D], or a mapping with `name` and/or `path`, and optionally `sha256` and
     `layer`. With a name, `path` is the file of its weights, so that nothing is downloaded; `sha256` (hex) of
     the file is checked before the file is parsed. State dicts are loaded without executing anything in them.
@@ -157,7 +163,7 @@ def load_extractor(
         raise InputError(
             f"features: the model makes {image_shape[0]} channels, but features need grey or RGB images"
         )
-    if name is not None and name in FEATURE_EXTRACTORS_REGISTRY:
+    if name is not None and name != DIGITS and name in _registry():
         return _torch_fidelity(name, layer, path, sha256, image_shape)
     if layer is not None:
         raise InputError(f"features.layer: {name or path} has no layers to choose; leave it out")
@@ -165,28 +171,28 @@ def load_extractor(
         return _digits(path or DIGITS_WEIGHTS, sha256, image_shape)
     if name is None and path is not None:
         return _torchscript(path, sha256, image_shape)
-    raise InputError(f"features.name: {name!r} is not known; take one of {', '.join(NAMES)}")
+    raise InputError(f"features.name: {name!r} is not known; take one of {', '.join(names())}")
 
 
 def _options(spec: str | os.PathLike[str] | Mapping[str, object]) -> dict[str, str]:
     """The options as texts, whatever form the job file gave them in: with `name`, or `path`, or both."""
     if not isinstance(spec, Mapping):
         text = os.fspath(spec)
-        if text in NAMES or text.split("/")[0] in NAMES:
+        if text == DIGITS or (not Path(text).is_absolute() and text.split("/")[0] in names()):
             spec = {"name": text}
         elif Path(text).exists():
             spec = {"path": text}
         else:
             raise InputError(
                 f"features: {text!r} is neither a file nor a known name; "
-                f"give the path of a TorchScript file or one of {', '.join(NAMES)}"
+                f"give the path of a TorchScript file or one of {', '.join(names())}"
             )
     unknown = sorted(set(spec) - set(_OPTIONS))
     if unknown:
         raise InputError(f"features.{unknown[0]}: no such option; there are {', '.join(_OPTIONS)}")
     options = {key: str(value) for key, value in spec.items() if value is not None}
     if not options.keys() & {"name", "path"}:
-        raise InputError(f"features: give a name ({', '.join(NAMES)}) or the path of a TorchScript file")
+        raise InputError(f"features: give a name ({', '.join(names())}) or the path of a TorchScript file")
     name, slash, layer = options.get("name", "").partition("/")
     if slash:
         if options.setdefault("layer", layer) != layer:
@@ -244,7 +250,9 @@ def _torchscript(path: Path, sha256: str | None, image_shape: tuple[int, int, in
 def _torch_fidelity(
     name: str, layer: str | None, path: Path | None, sha256: str | None, image_shape: tuple[int, int, int]
 ) -> NetworkExtractor:
-    kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    from torch_fidelity.utils import create_feature_extractor
+
+    kind = _registry()[name]
     layers = kind.get_provided_features_list()
     layer = layer or kind.get_default_feature_layer_for_metric("fid")
     if layer not in layers:
@@ -303,6 +311,8 @@ class _FirstLayer(nn.Module):
 
 def _downloaded_inception() -> Path:
     """The file of the Inception weights in torch.hub's cache, downloaded when it is not there yet."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
     path = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
     if not path.exists():
         # torch.hub's convention: the last part of the file's name begins its SHA-256.

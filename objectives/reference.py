@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from objectives.features import Extractor
 from objectives.frechet import Gaussian
@@ -137,7 +138,7 @@ def load_reference(
     if stored is not None:
         return stored
     digest, count = _digest(path, extractor, shape, resize)
-    file = _cache_folder(cache) / f"{digest}.npz"
+    file = cache_folder(cache) / f"{digest}.npz"
     if file.exists():
         try:
             cached = _stored(file, extractor, shape)
@@ -188,6 +189,30 @@ def image_shape(source: str | os.PathLike[str], side: int | None = None) -> tupl
     return (channels, side or image.height, side or image.width)
 
 
+def read_images(
+    source: str | os.PathLike[str],
+    shape: tuple[int, int, int],
+    *,
+    resize: bool = False,
+    most: int | None = None,
+) -> Iterator[Tensor]:
+    """The images of `source` (see `load_reference`) in batches of up to 500, uint8 [B, *shape] on the CPU.
+
+    With `most` no more than that many, spread evenly over the source: the first ones would all be of one class
+    where a class has a folder. Raises InputError as `load_reference` does; no images are no batches.
+    """
+    path = Path(source)
+    images = _images(path)
+    if most is not None:
+        count = sum(1 for _ in _images(path))
+        chosen = {i * count // most for i in range(most)} if count > most else set(range(count))
+        images = (image for i, image in enumerate(images) if i in chosen)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        while batch := list(islice(images, _BATCH)):
+            pixels = list(pool.map(lambda item: _pixels(path, item[0], item[1], shape, resize), batch))
+            yield torch.from_numpy(np.stack(pixels))
+
+
 def _computed(
     path: Path,
     extractor: Extractor,
@@ -198,15 +223,11 @@ def _computed(
     progress: Progress | None,
 ) -> Reference:
     moments: Moments | None = None
-    images = _images(path)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        while batch := list(islice(images, _BATCH)):
-            pixels = list(pool.map(lambda item: _pixels(path, item[0], item[1], shape, resize), batch))
-            features = extractor(torch.from_numpy(np.stack(pixels)))
-            new = Moments.of(features)
-            moments = new if moments is None else moments + new
-            if progress is not None:
-                progress(moments.n, count)
+    for batch in read_images(path, shape, resize=resize):
+        new = Moments.of(extractor(batch))
+        moments = new if moments is None else moments + new
+        if progress is not None:
+            progress(moments.n, count)
     assert moments is not None, "_digest refuses a source without images"
     mean, cov = moments.mean.cpu().numpy(), moments.cov.cpu().numpy()
     return Reference(mean, cov, digest, path.name, moments.n, extractor.fingerprint, shape)
@@ -232,7 +253,7 @@ def _digest(path: Path, extractor: Extractor, shape: tuple[int, int, int], resiz
 def _images(path: Path) -> Iterator[tuple[str, _Raw]]:
     """Name and content of every image of a folder (sorted), an archive (in its order) or an .npz."""
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder (dataset.reference)")
+        raise InputError(f"{path}: no such file or folder of images or statistics")
     try:
         if path.is_dir():
             for file in _files(path):
@@ -411,8 +432,11 @@ def _real(path: Path, arrays: np.lib.npyio.NpzFile, key: str) -> NDArray[np.floa
     return array.astype(np.float64)
 
 
-def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
-    """The folder of cached statistics, made if need be; checked before a long computation starts."""
+def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of cached statistics (see `load_reference`), made if need be.
+
+    Raises InputError where it cannot be written to, so that it is known before a long computation starts.
+    """
     chosen = cache or os.environ.get("LAMTUNE_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(chosen or Path(base, "lamtune"), "references")

@@ -1,15 +1,18 @@
 """From a range of image ids to images: binds a network, a solver and a schedule to the noise of those ids.
 
 Image i depends on (network, solver, schedule, seed, i) only: not on the range it is asked for in, the worker, or
-the micro-batch. Knows nothing of features, distances or trials.
+the micro-batch. Here too: Γ of a network, from images to it. Knows nothing of features, distances or trials.
 """
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from samplers import noise
+from samplers.analytic import Statistics, estimate_ms_eps
 from samplers.errors import NonFiniteError
 from samplers.grids import Floats
 from samplers.guidance import Gradient
@@ -91,7 +94,7 @@ class Sampler:
         return lambda x, t: torch.cat([gradient(x[s], float(times[t]), labels[s]) for s in self._parts(x)])
 
     def _parts(self, x: Tensor) -> list[slice]:
-        size = self.micro_batch or max(1, _ELEMENTS[self.device.type] // x[0].numel())
+        size = self.micro_batch or _micro_batch(self.model, self.device)
         return [slice(i, i + size) for i in range(0, len(x), size)]
 
     def _call(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
@@ -99,3 +102,40 @@ class Sampler:
             return self.model(x, time, labels)
         with torch.autocast(self.device.type, self.precision):
             return self.model(x, time, labels)
+
+
+def measure_ms_eps(
+    model: Model,
+    images: Iterable[Tensor],
+    device: torch.device,
+    *,
+    count: int,
+    shift1: bool,
+    seed: int = 0,
+    micro_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Γ of a discrete-time network without classes, in float32; see `analytic.estimate_ms_eps`.
+
+    model: on `device`. images: `count` in all, in batches of uint8 [B, *model.shape] on any device. shift1: see
+    `analytic.AnalyticGrid.times`. micro_batch: see `Sampler`. progress(done, total): evaluations of one image each.
+
+    Raises NonFiniteError.
+    """
+    assert model.betas is not None, "a discrete-time network"
+    assert model.num_classes is None, "a network without classes"
+    size = micro_batch or _micro_batch(model, device)
+
+    def batches() -> Iterator[Tensor]:
+        for batch in images:
+            for part in torch.split(batch, size):
+                yield part.to(device).float() / 127.5 - 1
+
+    def predict(x: Tensor, n: int) -> Tensor:
+        return model(x, float(n - int(shift1)), None).eps
+
+    return estimate_ms_eps(predict, batches(), model.betas, seed=seed, count=count, progress=progress)
+
+
+def _micro_batch(model: Model, device: torch.device) -> int:
+    return max(1, _ELEMENTS[device.type] // math.prod(model.shape))

@@ -1,18 +1,20 @@
 """What a job's `sampling:` section says: one frozen dataclass per solver family, which binds it to a network.
 
-To add a solver: a function in `samplers.solvers` (and a grid), and here a dataclass whose fields are its keys in
-the job file. This is where solvers, guidance and epsilon scaling are put together; none of them knows the others.
+To add a solver: a function as in `samplers.solvers` (and a grid), and here a dataclass whose fields are its keys in
+the job file, entered in `Solver`. This is where solvers, guidance and epsilon scaling are put together; none of them
+knows the others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias, get_args, get_type_hints
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from samplers import solvers
+from samplers import analytic, ldm, solvers
 from samplers.errors import InputError
 from samplers.grids import (
     Churn,
@@ -186,15 +188,213 @@ class EDM:
         return Plan(grid.times, run, grid.start)
 
 
-Solver = DDPM | DDIM | EDM
+@dataclass(frozen=True, slots=True)
+class AnalyticDDPM:
+    """Ancestral sampling as Analytic-DPM's code has it; one evaluation per step. λ does not touch Γ (ms_eps).
+
+    variance: "analytic" needs Γ: `ms_eps` is its file (an official .pth or one of ours), else Γ is estimated from
+    `ms_eps_images` images of the dataset. clip: clamp x0 to [-1, 1]; it can be left out with the fixed variances only.
+    clip_sigma_idx, clip_pixel: see `analytic.clipped`. shift1: the network counts timesteps from 0; false for those
+    that Analytic-DPM's own code trained.
+    """
+
+    solver: Literal["analytic_ddpm"]
+    nfe: int
+    variance: analytic.Variance = "analytic"
+    spacing: analytic.Spacing = "linear"
+    clip: bool = True
+    clip_sigma_idx: Annotated[int, Field(ge=0)] = 0
+    clip_pixel: Annotated[float, Field(ge=0)] = 2.0
+    shift1: bool = True
+    ms_eps: str | None = None
+    ms_eps_images: Annotated[int, Field(ge=1)] = analytic.MS_EPS_IMAGES
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def __post_init__(self) -> None:
+        if self.variance == "analytic" and not self.clip:
+            raise InputError("clip: false needs variance fixed_small or fixed_large")
+
+    @property
+    def lacks_ms_eps(self) -> bool:
+        """Γ has still to be estimated; its file is then given by `with_ms_eps`."""
+        return self.variance == "analytic" and self.ms_eps is None
+
+    def with_ms_eps(self, file: Path) -> Self:
+        """The same sampling with the file of Γ."""
+        return replace(self, ms_eps=str(file))
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where the network, the NFE or Γ does not fit. Γ may be missing until `run`."""
+        grid = _analytic(model, self.solver, self.nfe, self.spacing, self.shift1)
+        # Without Γ the rest is checked all the same, before an hour goes into the estimate.
+        kind = "fixed_small" if self.lacks_ms_eps else self.variance
+        ms_eps = _statistics(self.ms_eps, grid) if kind == "analytic" else None
+        variance = _clipped(
+            analytic.ddpm_variance(grid, kind, ms_eps), grid, self.clip_sigma_idx, self.clip_pixel
+        )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            assert not self.lacks_ms_eps, "Γ is estimated before sampling"
+            return analytic.ddpm(scaled(net, schedule), x, grid, noise, variance=variance, clip=self.clip)
+
+        return Plan(grid.times, run)
+
+
+@dataclass(frozen=True, slots=True)
+class AnalyticDDIM:
+    """DDIM as Analytic-DPM's code has it; see `AnalyticDDPM`. Not deterministic for η = 0 either: Γ adds variance.
+
+    variance "ddim": η alone decides, Γ is not needed, and no step is clipped.
+    """
+
+    solver: Literal["analytic_ddim"]
+    nfe: int
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    variance: Literal["analytic", "ddim"] = "analytic"
+    spacing: analytic.Spacing = "linear"
+    clip_sigma_idx: Annotated[int, Field(ge=0)] = 0
+    clip_pixel: Annotated[float, Field(ge=0)] = 1.0
+    shift1: bool = True
+    ms_eps: str | None = None
+    ms_eps_images: Annotated[int, Field(ge=1)] = analytic.MS_EPS_IMAGES
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def __post_init__(self) -> None:
+        if self.variance == "ddim" and self.clip_sigma_idx:
+            raise InputError("clip_sigma_idx needs variance analytic")
+
+    @property
+    def lacks_ms_eps(self) -> bool:
+        """See `AnalyticDDPM`."""
+        return self.variance == "analytic" and self.ms_eps is None
+
+    def with_ms_eps(self, file: Path) -> Self:
+        """See `AnalyticDDPM`."""
+        return replace(self, ms_eps=str(file))
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where the network, the NFE or Γ does not fit. Γ may be missing until `run`."""
+        grid = _analytic(model, self.solver, self.nfe, self.spacing, self.shift1)
+        ms_eps = _statistics(self.ms_eps, grid) if self.variance == "analytic" else None
+        variance = _clipped(
+            analytic.ddim_variance(grid, self.eta, ms_eps), grid, self.clip_sigma_idx, self.clip_pixel
+        )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            assert not self.lacks_ms_eps, "Γ is estimated before sampling"
+            return analytic.ddim(scaled(net, schedule), x, grid, noise, variance=variance, eta=self.eta)
+
+        return Plan(grid.times, run)
+
+
+@dataclass(frozen=True, slots=True)
+class LDM:
+    """LDM's DDIM of a latent (or any discrete-time) network; one evaluation per step.
+
+    ddim_steps: LDM's S, default NFE. It makes more than S evaluations where S does not divide the training's
+    timesteps; then nfe says how many, and ddim_steps what LDM is asked for. Classifier-free guidance is no matter of
+    the solver: a network that has it predicts the guided noise, and λ divides that.
+    """
+
+    solver: Literal["ldm_ddim"]
+    nfe: int
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    ddim_steps: Annotated[int, Field(ge=1)] | None = None
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where the network or the NFE does not fit."""
+        betas = _betas(model, self.solver)
+        _require_no_classifier(model, self.solver)
+        steps = self.nfe if self.ddim_steps is None else self.ddim_steps
+        key = "nfe" if self.ddim_steps is None else "ddim_steps"
+        try:
+            grid = ldm.latent_grid(betas, steps)
+        except InputError as error:
+            raise InputError(f"sampling.{key}: {error}") from None
+        if grid.nfe != self.nfe:
+            raise InputError(
+                f"sampling.{key}: LDM makes {grid.nfe} evaluations when it is asked for {steps} steps; "
+                f"write nfe: {grid.nfe} and ddim_steps: {steps}"
+            )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            return ldm.ddim(scaled(net, schedule), x, grid, noise, eta=self.eta, temperature=self.temperature)
+
+        return Plan(grid.times, run)
+
+
+Solver: TypeAlias = DDPM | DDIM | EDM | AnalyticDDPM | AnalyticDDIM | LDM
+"""Any of the solvers with its options."""
+
 Sampling = Annotated[Solver, Field(discriminator="solver")]
+
+SOLVERS: tuple[str, ...] = tuple(
+    name for kind in get_args(Solver) for name in get_args(get_type_hints(kind)["solver"])
+)
+"""What `solver` may say in a job file."""
+
+
+def _betas(model: Model, solver: str) -> Floats:
+    if model.betas is None:
+        raise InputError(f"sampling.solver: {solver} needs a discrete-time network; use euler or heun")
+    return model.betas
+
+
+def _require_no_classifier(model: Model, solver: str) -> None:
+    if model.gradient is not None:
+        raise InputError(f"sampling.solver: {solver} takes no guidance by a classifier; use ddpm or ddim")
+
+
+def _analytic(
+    model: Model, solver: str, nfe: int, spacing: analytic.Spacing, shift1: bool
+) -> analytic.AnalyticGrid:
+    betas = _betas(model, solver)
+    _require_no_classifier(model, solver)
+    if model.shape != model.image_shape:
+        raise InputError(
+            f"sampling.solver: {solver} clamps what it samples to [-1, 1], which holds for images and not for "
+            "the latents of this network; use ldm_ddim"
+        )
+    try:
+        return analytic.analytic_grid(betas, nfe, spacing=spacing, shift1=shift1)
+    except InputError as error:
+        raise InputError(f"sampling.nfe: {error}") from None
+
+
+def _statistics(file: str | None, grid: analytic.AnalyticGrid) -> analytic.Statistics | None:
+    if file is None:
+        return None
+    try:
+        return analytic.read_ms_eps(Path(file), grid.levels)
+    except InputError as error:
+        raise InputError(f"sampling.ms_eps: {error}") from None
+
+
+def _clipped(variance: Floats, grid: analytic.AnalyticGrid, index: int, pixel: float) -> Floats:
+    try:
+        return analytic.clipped(variance, grid, clip_sigma_idx=index, clip_pixel=pixel)
+    except InputError as error:
+        raise InputError(f"sampling.{error}") from None
 
 
 def _discrete(model: Model, solver: str, nfe: int, respacing: str) -> DiscreteGrid:
-    if model.betas is None:
-        raise InputError(f"sampling.solver: {solver} needs a discrete-time network; use euler or heun")
+    betas = _betas(model, solver)
     try:
-        grid = discrete_grid(model.betas, respacing)
+        grid = discrete_grid(betas, respacing)
     except InputError as error:
         raise InputError(f"sampling.nfe: {error}") from None
     if grid.nfe != nfe:

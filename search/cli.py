@@ -74,7 +74,7 @@ def submit(job: Path, store: str) -> None:
       model:     {name: adm-cifar10, format: adm, path: cifar10.pt, options: {image_size: 32, …}}
       dataset:   {name: cifar10, reference: cifar10-stats.npz}    # or a folder or archive of images
       features:  inception-v3-compat                              # or a TorchScript file
-      sampling:  {solver: ddpm, nfe: [20, 50]}                    # ddpm, ddim, euler or heun
+      sampling:  {solver: ddpm, nfe: [20, 50]}                    # ddpm, ddim, euler, heun, …
       search:    {strategy: paper, images: 10000, seed: 0}
 
     A job that was interrupted goes on where it stopped when it is submitted again.
@@ -122,7 +122,7 @@ def jobs(store: str, as_json: bool) -> None:
 @click.option("--model", required=True, help="The model's name in its job file.")
 @click.option("--dataset", required=True, help="The dataset's name in its job file.")
 @click.option("--nfe", required=True, type=int, help="Number of network evaluations per image.")
-@click.option("--solver", help="Only this solver (ddpm, ddim, euler, heun); default: the best of all.")
+@click.option("--solver", help="Only this solver (ddpm, heun, …); default: the best of all.")
 @_store_option
 @_json_option
 def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_json: bool) -> None:

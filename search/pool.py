@@ -1,9 +1,10 @@
-"""The sampler workers: Ray actors that hold an Evaluator each and outlive trials.
+"""Starts and ends the sampler workers: as many Ray actors as this machine has room for; they outlive trials.
 
-Knows nothing of trials, strategies or the store: it answers calls for ranges of images.
+Knows nothing of trials, strategies or the store.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,11 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from objectives.moments import Moments
 from objectives.reference import Reference
 from samplers.errors import InputError
-from samplers.sampling import Solver
-from samplers.schedule import Schedule
-from search.evaluator import BLOCK, Evaluator
+from search.evaluator import BLOCK
 from search.spec import JobSpec
+from search.worker import SamplerWorker
 
 # Images per call: enough that the call costs nothing beside its work, few enough that a lost one is no loss.
 _UNIT = {"cuda": 8 * BLOCK, "cpu": 2 * BLOCK}
@@ -53,33 +52,6 @@ def available(spec: JobSpec) -> Resources:
     return Resources("cpu", workers, max(1, cores // workers))
 
 
-class SamplerWorker:
-    """One process with the job's network, extractor and reference on its device."""
-
-    def __init__(self, spec: JobSpec, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._spec, self._device = spec, torch.device(device)
-        self._loaded: Evaluator | None = None
-
-    def load(self, reference: Reference) -> None:
-        """Load everything, with statistics that the driver has read."""
-        self._loaded = Evaluator.load(self._spec, self._device, reference)
-
-    @property
-    def _evaluator(self) -> Evaluator:
-        # A worker that Ray started again reads the statistics itself; they are cached.
-        self._loaded = self._loaded or Evaluator.load(self._spec, self._device)
-        return self._loaded
-
-    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
-        """See Evaluator.sample."""
-        return self._evaluator.sample(sampling, schedule, start, stop)
-
-    def merge(self, *parts: Moments) -> tuple[Moments, float]:
-        """See Evaluator.merge."""
-        return self._evaluator.merge(*parts)
-
-
 def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> list[ActorHandle[Any]]:
     """Start the workers and wait until all are ready. Ray must be initialised."""
     gpu = resources.device == "cuda"
@@ -96,3 +68,9 @@ def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> 
     shared = ray.put(reference)
     ray.get([worker.load.remote(shared) for worker in workers])
     return workers
+
+
+def stop_workers(workers: Sequence[ActorHandle[Any]]) -> None:
+    """Give the processors or GPUs back, also where Ray goes on."""
+    for worker in workers:
+        ray.kill(worker)

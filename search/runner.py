@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -23,6 +23,7 @@ from samplers.errors import LamtuneError
 from samplers.sampling import Solver
 from search import pool, tuner
 from search.evaluator import Evaluator, precision
+from search.ms_eps import complete
 from search.progress import TerminalWatcher
 from search.report import best_as_text
 from search.spec import JobSpec
@@ -45,16 +46,22 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
     with open_store(store_url) as store:
         resources = pool.available(spec)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("reference statistics", visible=False)
-
-            def shown(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, visible=True)
-
-            evaluator = Evaluator.load(spec, torch.device("cpu"), progress=shown)
-        strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
-        jobs = [_job(store, spec, s, evaluator, resources) for s in spec.sampling]
+            evaluator = Evaluator.load(
+                spec, torch.device("cpu"), progress=_shown(bar, "reference statistics")
+            )
+            strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
+            device = torch.device(resources.device)
+            samplings = complete(
+                spec, evaluator.model, device, _shown(bar, "Γ (ms_eps): network evaluations")
+            )
+        jobs = [
+            _job(store, spec, asked, ready.ms_eps, evaluator, resources)
+            for asked, ready in zip(spec.sampling, samplings, strict=True)
+        ]
         todo = [
-            trio for trio in zip(jobs, spec.sampling, strategies, strict=True) if trio[0].status != "finished"
+            (job, ready.sampling, chosen)
+            for job, ready, chosen in zip(jobs, samplings, strategies, strict=True)
+            if job.status != "finished"
         ]
         reference = evaluator.reference
         del evaluator  # the workers hold their own
@@ -67,21 +74,35 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
         return tuple(store.job(job.id) for job in jobs)
 
 
+def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
+    """progress(done, total) as a line of the bar, which appears with the first call."""
+    task = bar.add_task(what, visible=False)
+    return lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
 def strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> PaperStrategy:
     """The strategy of one search. Raises InputError that names the key."""
     return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
 
 
 def _job(
-    store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator, resources: pool.Resources
+    store: Store,
+    spec: JobSpec,
+    sampling: Solver,
+    ms_eps: str | None,
+    evaluator: Evaluator,
+    resources: pool.Resources,
 ) -> Job:
-    """The store's job of one search, made if it is new: the same question is the same job."""
+    """The store's job of one search, made if it is new: the same question is the same job.
+
+    sampling: as the job file has it. ms_eps: what identifies its Γ, wherever the file of it lies.
+    """
     number_type = precision(spec, torch.device(resources.device))
     identity = {
         "model": [spec.model.name, evaluator.model.fingerprint, number_type],
         "evaluator": evaluator.fingerprint,
         "dataset": spec.dataset.name,
-        "sampling": asdict(sampling),
+        "sampling": asdict(sampling) if ms_eps is None else asdict(sampling) | {"ms_eps": ms_eps},
         "search": spec.search.model_dump(mode="json"),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -124,11 +145,14 @@ def _run(
     with _ray(), console.status(f"starting {resources.workers} {resources.device} worker(s)") as status:
         workers = pool.start_workers(spec, reference, resources)
         status.stop()
-        for job, sampling, chosen in todo:
-            with _claimed(store, job), TerminalWatcher(job, console) as watcher:
-                search = Search(store, job, chosen, watcher)
-                tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
-                search.check()
+        try:
+            for job, sampling, chosen in todo:
+                with _claimed(store, job), TerminalWatcher(job, console) as watcher:
+                    search = Search(store, job, chosen, watcher)
+                    tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
+                    search.check()
+        finally:
+            pool.stop_workers(workers)
 
 
 def _unit(spec: JobSpec, resources: pool.Resources) -> int:
@@ -139,7 +163,7 @@ def _unit(spec: JobSpec, resources: pool.Resources) -> int:
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """The Ray that this process is in already, else one of our own on this machine, silent unless it fails."""
+    """A Ray of our own on this machine, silent unless it fails; or the one that this process already has."""
     if ray.is_initialized():
         yield
         return

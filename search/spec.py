@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from samplers.errors import InputError
-from samplers.sampling import Sampling
+from samplers.sampling import SOLVERS, AnalyticDDIM, AnalyticDDPM, Sampling
 
 DEFAULT_RUNGS = (1000, 2500, 5000)
 
@@ -43,11 +43,14 @@ class ModelSpec(_Section):
 class DatasetSpec(_Section):
     """The real images: `reference` is a folder, an archive, an .npz or the bundled `digits`.
 
-    resize: scale and crop images to the model's size, as ADM's data loader does; else other sizes are refused.
+    images: a folder, an archive or an .npz of images of the training, where `reference` is statistics and a solver
+    needs images (Analytic-DPM does). resize: scale and crop images to the model's size, as ADM's data loader does;
+    else other sizes are refused.
     """
 
     name: str = Field(min_length=1)
     reference: str
+    images: str | None = None
     resize: bool = False
 
 
@@ -145,7 +148,7 @@ def _lines(error: ValidationError) -> list[str]:
     """One line per mistake, beginning with its key as written in the file."""
     lines = []
     for mistake in error.errors(include_url=False):
-        tags = {"ddpm", "ddim", "euler", "heun", "int", "str"}  # union branches, which the file does not have
+        tags = {*SOLVERS, "int", "str"}  # union branches, which the file does not have
         key = ".".join(
             str(p) for p in mistake["loc"] if isinstance(p, str) and p not in tags and "[" not in p
         )
@@ -166,9 +169,18 @@ def _resolve(spec: JobSpec, folder: Path) -> JobSpec:
     def absolute(path: str) -> str:
         return str((folder / Path(path).expanduser()).resolve())
 
-    update: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     if spec.dataset.reference != "digits" or Path(absolute("digits")).exists():
-        update["dataset"] = spec.dataset.model_copy(update={"reference": absolute(spec.dataset.reference)})
+        data["reference"] = absolute(spec.dataset.reference)
+    if spec.dataset.images is not None:
+        data["images"] = absolute(spec.dataset.images)
+    update: dict[str, Any] = {"dataset": spec.dataset.model_copy(update=data)}
+    update["sampling"] = tuple(
+        s.with_ms_eps(Path(absolute(s.ms_eps)))
+        if isinstance(s, AnalyticDDPM | AnalyticDDIM) and s.ms_eps is not None
+        else s
+        for s in spec.sampling
+    )
     if isinstance(spec.features, dict):
         if isinstance(path := spec.features.get("path"), str):
             update["features"] = {**spec.features, "path": absolute(path)}

@@ -1,4 +1,4 @@
-"""The example jobs of networks in NVIDIA's format: valid, and fitting the files that they name."""
+"""The example jobs: all valid; those of networks in NVIDIA's format fit the files that they name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,28 @@ from typing import Any
 
 import pytest
 
-from samplers.models.load import load_model
+from samplers.models.ideal import load_ideal
+from samplers.models.load import FORMATS, load_model
+from samplers.sampling import AnalyticDDPM
 from search.spec import load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_an_example_is_a_valid_job(file: Path) -> None:
+    spec = load(file)
+    assert spec.model.format in FORMATS
+    assert spec.sampling
+
+
+def test_the_example_of_analytic_dpm_estimates_its_statistics() -> None:
+    spec = load(EXAMPLES / "analytic-dpm.yaml")
+    network = load_ideal(None, {"shape": [3, 32, 32], "points": 2, "time": "discrete"})
+    for sampling in spec.sampling:
+        assert isinstance(sampling, AnalyticDDPM)
+        assert sampling.lacks_ms_eps
+        assert sampling.plan(network).times.size == sampling.nfe
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from objectives.features import NAMES, DigitsFeatures, NetworkExtractor, load_extractor
+from objectives.features import DigitsFeatures, NetworkExtractor, load_extractor, names
 from samplers.errors import InputError
 
 RGB = (3, 32, 32)
@@ -346,4 +346,4 @@ def test_images_that_are_neither_grey_nor_rgb_are_refused() -> None:
 
 
 def test_names_are_the_bundled_one_and_torch_fidelitys() -> None:
-    assert {"digits", "inception-v3-compat", "vgg16", "clip-vit-b-32", "dinov2-vit-b-14"} <= set(NAMES)
+    assert {"digits", "inception-v3-compat", "vgg16", "clip-vit-b-32", "dinov2-vit-b-14"} <= set(names())

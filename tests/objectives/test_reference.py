@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from objectives.features import NetworkExtractor, load_extractor
-from objectives.reference import Reference, compute_reference, load_reference
+from objectives.reference import Reference, compute_reference, load_reference, read_images
 from samplers.errors import InputError
 
 SHAPE = (3, 6, 4)  # C, H, W
@@ -133,6 +133,24 @@ def test_more_images_than_one_batch_are_all_counted_and_reported(
     )
     check(reference, images)
     assert seen == [(500, 1100), (1000, 1100), (1100, 1100)]
+
+
+def test_images_are_read_in_batches_and_in_order(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (1100, 6, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    batches = list(read_images(tmp_path / "images.npz", SHAPE))
+    assert [len(batch) for batch in batches] == [500, 500, 100]
+    np.testing.assert_array_equal(torch.cat(batches).numpy(), images.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("most", "chosen"), [(3, [0, 4, 8]), (5, [0, 2, 4, 7, 9]), (12, range(12)), (99, range(12))]
+)
+def test_some_of_the_images_are_spread_over_all_classes(
+    members: dict[str, bytes], images: NDArray[np.uint8], tmp_path: Path, most: int, chosen: list[int]
+) -> None:
+    (batch,) = read_images(folder_of(members, tmp_path / "f"), SHAPE, most=most)
+    np.testing.assert_array_equal(batch.numpy(), images[list(chosen)].transpose(0, 3, 1, 2))
 
 
 def test_files_that_are_no_images_and_hidden_ones_are_left_out(

@@ -1,4 +1,4 @@
-"""A job's `sampling` for sigma-based networks: what is scaled, where it starts, which levels are visited."""
+"""A job's `sampling`, bound to networks: what is scaled, where it starts, which times are visited, what is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from samplers import analytic, ldm
 from samplers.errors import InputError
-from samplers.generate import Sampler
-from samplers.grids import Churn, sigma_grid
+from samplers.generate import Sampler, measure_ms_eps
+from samplers.grids import Churn, sigma_grid, training_betas
 from samplers.models.edm import EdmModel, load_edm, load_pfgmpp
 from samplers.models.ideal import IdealModel, PointCloud
 from samplers.models.process import Process
 from samplers.prediction import Prediction
-from samplers.sampling import EDM
+from samplers.sampling import DDIM, EDM, LDM, SOLVERS, AnalyticDDIM, AnalyticDDPM, Solver
 from samplers.schedule import Schedule
 from samplers.solvers import edm
 
@@ -31,7 +32,7 @@ def cloud() -> IdealModel:
     return IdealModel(PointCloud(points), Process(sigma_range=(0.002, 80.0)))
 
 
-def sampled(model: Any, sampling: EDM, schedule: Schedule) -> Tensor:
+def sampled(model: Any, sampling: Solver, schedule: Schedule) -> Tensor:
     """Four images of fixed noise."""
     plan = sampling.plan(model)
     numbers = torch.Generator().manual_seed(0)
@@ -160,3 +161,199 @@ def test_elsewhere_sampling_starts_at_the_first_level_times_the_latents(cloud: I
     assert EDM(solver="heun", nfe=3).plan(cloud).start == pytest.approx(80)
     scaled = EDM(solver="euler", nfe=3, scaling="vp", sigma_max=3.0).plan(cloud)
     assert scaled.start == pytest.approx(3 / 10**0.5)
+
+
+# --- Analytic-DPM and LDM -----------------------------------------------------------------------------------
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def discrete() -> IdealModel:
+    """Twenty points, denoised exactly, of a discrete-time process."""
+    points = np.random.default_rng(0).uniform(-1, 1, (20, 3, 4, 4))
+    return IdealModel(PointCloud(points), Process(betas=training_betas("cosine", STEPS)))
+
+
+@pytest.fixture(scope="module")
+def ms_eps(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of plausible Γ."""
+    file = tmp_path_factory.mktemp("statistics") / "ms_eps.npz"
+    source = analytic.MsEpsSource("m", "d", 1, 0, True)
+    analytic.save_ms_eps(file, np.linspace(0.3, 1, STEPS + 1, dtype=np.float32), source)
+    return str(file)
+
+
+class Altered:
+    """A model with some of its properties changed."""
+
+    def __init__(self, model: Any, **changes: Any) -> None:
+        self._model = model
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
+        out: Prediction = self._model(x, time, labels)
+        return out
+
+
+def test_the_names_of_all_solvers_are_known() -> None:
+    known = ("ddpm", "ddim", "euler", "heun", "analytic_ddpm", "analytic_ddim", "ldm_ddim")
+    assert set(known) <= set(SOLVERS)
+
+
+def scaled_inside(model: Any, plan_times: Any, schedule: Schedule) -> Any:
+    """The network whose output is divided by λ right where the official loops read it."""
+
+    def predict(x: Tensor, t: int) -> Prediction:
+        return Prediction(model(x, float(plan_times[t]), None).eps / schedule.lambdas[t])
+
+    return predict
+
+
+def start_and_noise(model: Any) -> tuple[Tensor, Any]:
+    """What `sampled` gives the solvers."""
+    numbers = torch.Generator().manual_seed(0)
+    x = torch.randn(4, *model.shape, generator=numbers, dtype=torch.float64)
+
+    def noise(t: int) -> Tensor:
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(1 + t), dtype=torch.float64)
+
+    return x, noise
+
+
+def test_analytic_sampling_scales_the_noise_and_leaves_the_statistics_alone(
+    discrete: IdealModel, ms_eps: str
+) -> None:
+    schedule = Schedule.linear(7, 0.003, 0.99)
+    assert discrete.betas is not None
+    grid = analytic.analytic_grid(discrete.betas, 7, shift1=True)
+    gamma = analytic.read_ms_eps(Path(ms_eps), STEPS)
+    x, noise = start_and_noise(discrete)
+    net = scaled_inside(discrete, grid.times, schedule)
+    variance = analytic.clipped(
+        analytic.ddpm_variance(grid, "analytic", gamma), grid, clip_sigma_idx=1, clip_pixel=2
+    )
+    out = sampled(discrete, AnalyticDDPM("analytic_ddpm", 7, clip_sigma_idx=1, ms_eps=ms_eps), schedule)
+    inside = analytic.ddpm(net, x, grid, noise, variance=variance)
+    torch.testing.assert_close(out, inside, rtol=0, atol=0)
+
+    out = sampled(discrete, AnalyticDDIM("analytic_ddim", 7, eta=0.5, ms_eps=ms_eps), schedule)
+    variance = analytic.ddim_variance(grid, 0.5, gamma)
+    inside = analytic.ddim(net, x, grid, noise, variance=variance, eta=0.5)
+    torch.testing.assert_close(out, inside, rtol=0, atol=0)
+
+
+def test_variances_that_need_no_statistics_do_not_ask_for_them(discrete: IdealModel, ms_eps: str) -> None:
+    assert AnalyticDDPM("analytic_ddpm", 7).lacks_ms_eps
+    assert not AnalyticDDPM("analytic_ddpm", 7).with_ms_eps(Path(ms_eps)).lacks_ms_eps
+    fixed = AnalyticDDPM("analytic_ddpm", 7, variance="fixed_large", clip=False)
+    ddim = AnalyticDDIM("analytic_ddim", 7, variance="ddim")
+    for sampling in (fixed, ddim):
+        assert not sampling.lacks_ms_eps
+        assert torch.isfinite(sampled(discrete, sampling, Schedule.uniform(7, 1.0))).all()
+
+
+def test_ldm_scales_the_noise_and_may_make_more_evaluations_than_steps(discrete: IdealModel) -> None:
+    schedule = Schedule.linear(7, 0.003, 0.99)
+    assert discrete.betas is not None
+    grid = ldm.latent_grid(discrete.betas, 6)
+    x, noise = start_and_noise(discrete)
+    inside = ldm.ddim(scaled_inside(discrete, grid.times, schedule), x, grid, noise, eta=0.5, temperature=0.9)
+    sampling = LDM("ldm_ddim", 7, eta=0.5, temperature=0.9, ddim_steps=6)
+    assert sampling.plan(discrete).times.tolist() == grid.times.tolist() == [1, 7, 13, 19, 25, 31, 37]
+    torch.testing.assert_close(sampled(discrete, sampling, schedule), inside, rtol=0, atol=0)
+    latents = Altered(discrete, image_shape=(3, 32, 32))
+    torch.testing.assert_close(sampled(latents, sampling, schedule), inside, rtol=0, atol=0)
+
+
+def test_what_does_not_fit_the_network_is_refused_with_its_key(
+    cloud: IdealModel, discrete: IdealModel, ms_eps: str, tmp_path: Path
+) -> None:
+    guided = Altered(discrete, gradient=lambda x, time, labels: x)
+    latent = Altered(discrete, image_shape=(3, 32, 32))
+    ddpm, ddim = AnalyticDDPM("analytic_ddpm", 7), AnalyticDDIM("analytic_ddim", 7)
+    absent = str(tmp_path / "absent.ms_eps.pth")
+    cases: list[tuple[Any, Any, str]] = [
+        (ddpm, cloud, r"sampling\.solver: analytic_ddpm needs a discrete-time network"),
+        (LDM("ldm_ddim", 5), cloud, r"sampling\.solver: ldm_ddim needs a discrete-time network"),
+        (DDIM("ddim", 5), cloud, r"sampling\.solver: ddim needs a discrete-time network"),
+        (ddim, guided, r"sampling\.solver: analytic_ddim takes no guidance by a classifier"),
+        (LDM("ldm_ddim", 5), guided, r"sampling\.solver: ldm_ddim takes no guidance by a classifier"),
+        (ddpm, latent, r"sampling\.solver: analytic_ddpm clamps .* use ldm_ddim"),
+        (replace(ddpm, nfe=STEPS + 1), discrete, r"sampling\.nfe: Analytic-DPM takes 2 to 40 steps"),
+        (replace(ddpm, clip_sigma_idx=7), discrete, r"sampling\.clip_sigma_idx must lie within 0 \.\. 6"),
+        (replace(ddim, ms_eps=absent), discrete, r"sampling\.ms_eps: .*absent\.ms_eps\.pth cannot be read"),
+        (
+            LDM("ldm_ddim", 6),
+            discrete,
+            r"sampling\.nfe: LDM makes 7 evaluations .* for 6 steps; write nfe: 7 and ddim_steps: 6",
+        ),
+        (LDM("ldm_ddim", 9, ddim_steps=3), discrete, r"sampling\.ddim_steps: "),
+    ]
+    for sampling, model, message in cases:
+        with pytest.raises(InputError, match=message):
+            sampling.plan(model)
+    with pytest.raises(InputError, match="clip: false needs"):
+        AnalyticDDPM("analytic_ddpm", 7, clip=False)
+    with pytest.raises(InputError, match="clip_sigma_idx needs"):
+        AnalyticDDIM("analytic_ddim", 7, variance="ddim", clip_sigma_idx=1)
+
+
+class Zero:
+    """A network of 30 timesteps that takes every image for 0, and remembers the times it was told."""
+
+    betas = training_betas("linear", 30)
+    shape = image_shape = (1, 16, 16)
+    num_classes = None
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
+        abar = np.cumprod(1 - self.betas)[len(self.times) % 30]
+        self.times.append(time)
+        return Prediction(x / float(np.sqrt(1 - abar)))
+
+
+def test_measured_statistics_are_those_of_the_pixels_whatever_the_batches() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (9, 1, 16, 16), generator=numbers, dtype=torch.uint8)
+
+    def measured(shift1: bool) -> tuple[Any, list[float]]:
+        model: Any = Zero()
+        return measure_ms_eps(model, [pixels[:4], pixels[4:]], CPU, count=9, shift1=shift1), model.times
+
+    whole, times = measured(shift1=True)
+    assert times == [*range(30), *range(30)]
+    # What it says is x/sqrt(1 - abar): the noise, and what is left of the image.
+    abar = np.cumprod(1 - Zero.betas)
+    power = float((pixels.double() / 127.5 - 1).square().mean())
+    np.testing.assert_allclose(whole[1:], abar / (1 - abar) * power + 1, rtol=0.15)
+    assert whole[1] == pytest.approx(abar[0] / (1 - abar[0]) * power + 1, rel=0.02)  # nearly all of the image
+    np.testing.assert_array_equal(measured(shift1=False)[0], whole)
+    assert measured(shift1=False)[1] == [*range(1, 31), *range(1, 31)]
+    with pytest.raises(InputError, match="are 9"):
+        measure_ms_eps(Zero(), [pixels], CPU, count=10, shift1=True)  # type: ignore[arg-type]
+
+
+def test_statistics_do_not_depend_on_how_many_images_the_network_gets_at_once(discrete: IdealModel) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (9, 3, 4, 4), generator=numbers, dtype=torch.uint8)
+    seen: list[tuple[int, int]] = []
+    whole, single = (
+        measure_ms_eps(
+            discrete,
+            [pixels[:4], pixels[4:]],
+            CPU,
+            count=9,
+            shift1=True,
+            micro_batch=size,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        for size in (None, 1)
+    )
+    np.testing.assert_allclose(single, whole, rtol=1e-6)
+    assert seen[-1] == (9 * STEPS, 9 * STEPS)

@@ -1,6 +1,7 @@
 """Fixtures of the search tests: a Ray of their own, and the smallest jobs that are still real."""
 
 import logging
+import os
 
 import pytest
 import ray
@@ -8,11 +9,15 @@ import ray
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """A Ray with four logical processors, shared by the tests that do not start one themselves."""
+    """A Ray with at least four logical processors, shared by the tests that do not start one themselves."""
     if ray.is_initialized():
         ray.shutdown()
     ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        address="local",
+        num_cpus=max(4, len(os.sched_getaffinity(0))),  # a worker takes all cores of the machine
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
     )
     yield
     ray.shutdown()

@@ -54,6 +54,14 @@ def test_relative_paths_start_at_the_job_file(tmp_path):
     assert spec.features == str(tmp_path / "features.ts")
 
 
+def test_the_files_of_analytic_dpm_start_at_the_job_file_too(tmp_path):
+    data = {"name": "d", "reference": "digits", "images": "train"}
+    sampling = {"solver": "analytic_ddim", "nfe": [5, 9], "ms_eps": "official.ms_eps.pth"}
+    spec = parse(changed(dataset=data, sampling=sampling), "j", tmp_path)
+    assert spec.dataset.images == str(tmp_path / "train")
+    assert {s.ms_eps for s in spec.sampling} == {str(tmp_path / "official.ms_eps.pth")}
+
+
 def test_bundled_names_are_no_paths(tmp_path):
     spec = parse(GOOD, "j", tmp_path)
     assert (spec.dataset.reference, spec.features) == ("digits", "digits")
@@ -69,6 +77,18 @@ def test_bundled_names_are_no_paths(tmp_path):
         ({"sampling": {"solver": "ddpm", "nfe": 20, "eta": 1}}, "job.yaml: sampling.eta: unknown key"),
         ({"sampling": {"solver": "ddim", "nfe": 20, "eta": 2}}, "job.yaml: sampling.eta: .*(got 2)"),
         ({"sampling": {"solver": "plms", "nfe": 20}}, "job.yaml: sampling.*'plms'"),
+        (
+            {"sampling": {"solver": "analytic_ddpm", "nfe": 20, "clip_pixel": -1}},
+            "job.yaml: sampling.clip_pixel: .*(got -1)",
+        ),
+        (
+            {"sampling": {"solver": "analytic_ddpm", "nfe": 20, "clip": False}},
+            "job.yaml: sampling: clip: false needs variance fixed_small",
+        ),
+        (
+            {"sampling": {"solver": "ldm_ddim", "nfe": 20, "clip": True}},
+            "job.yaml: sampling.clip: unknown key",
+        ),
         ({"sampling": {"nfe": 20}}, "job.yaml: sampling.*solver"),
         ({"sampling": {"solver": "ddpm"}}, "job.yaml: sampling.nfe: this key is missing"),
         ({"sampling": {"solver": "ddpm", "nfe": []}}, "job.yaml: sampling: nfe is empty"),

@@ -1,0 +1,50 @@
+"""A sampler worker: the Ray actor that holds an Evaluator.
+
+Knows nothing of trials, strategies or the store: it answers calls for ranges of images. Imports nothing heavy before
+it is made: whoever gets a handle of it loads this module too, and a trial that would import torch for that starts
+seconds later.
+"""
+
+from __future__ import annotations  # a handle brings the signatures along
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from objectives.moments import Moments
+    from objectives.reference import Reference
+    from samplers.sampling import Solver
+    from samplers.schedule import Schedule
+    from search.evaluator import Evaluator
+    from search.spec import JobSpec
+
+
+class SamplerWorker:
+    """One process with the job's network, extractor and reference on its device ("cpu" or "cuda")."""
+
+    def __init__(self, spec: JobSpec, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._spec, self._device = spec, torch.device(device)
+        self._loaded: Evaluator | None = None
+
+    def load(self, reference: Reference | None = None) -> None:
+        """Load everything, with statistics that the driver has read; without them, read those too."""
+        from search.evaluator import Evaluator
+
+        self._loaded = Evaluator.load(self._spec, self._device, reference)
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        if self._loaded is None:  # Ray started this worker again; the statistics are in the cache
+            self.load()
+        assert self._loaded is not None
+        return self._loaded
+
+    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
+        """See Evaluator.sample."""
+        return self._evaluator.sample(sampling, schedule, start, stop)
+
+    def merge(self, *parts: Moments) -> tuple[Moments, float]:
+        """See Evaluator.merge."""
+        return self._evaluator.merge(*parts)
