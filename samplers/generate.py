@@ -62,7 +62,7 @@ class Sampler:
         else:
             begin = self.model.prior(self.seed, ids).to(dtype)
         x = plan.run(
-            self._network(plan.times, labels),
+            self.network(plan.times, labels),
             schedule,
             begin,
             step_noise,
@@ -72,7 +72,7 @@ class Sampler:
             raise NonFiniteError("sampling gave images that are not finite")
         return self.model.pixels(x)
 
-    def _network(self, times: Floats, labels: Tensor | None) -> Predict:
+    def network(self, times: Floats, labels: Tensor | None) -> Predict:
         """The network as a function of (x, t), called on micro-batches."""
 
         def predict(x: Tensor, t: int) -> Prediction:

@@ -13,6 +13,7 @@ import click
 
 from samplers.errors import InputError, LamtuneError
 
+DEMO = Path(__file__).with_name("demo.yaml")
 DEFAULT_STORE = "sqlite:///lamtune.db"
 _STORE_HELP = f"Database URL: SQLite or PostgreSQL.  [env: LAMTUNE_STORE; default: {DEFAULT_STORE}]"
 
@@ -60,7 +61,7 @@ def demo(store: str) -> None:
     from search.runner import submit as run
     from search.spec import load
 
-    run(load(Path(__file__).with_name("demo.yaml")), store)
+    run(load(DEMO), store)
 
 
 @main.command()

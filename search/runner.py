@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from objectives.reference import Reference
-from samplers.errors import LamtuneError
+from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
 from search import pool, tuner
 from search.evaluator import Evaluator, precision
@@ -82,7 +82,10 @@ def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
 
 def strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> PaperStrategy:
     """The strategy of one search. Raises InputError that names the key."""
-    return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
+    try:
+        return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
+    except InputError as error:
+        raise InputError(f"search.{error}") from None
 
 
 def _job(

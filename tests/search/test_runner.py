@@ -130,7 +130,7 @@ def test_a_model_that_diverges_fails_its_trials_and_the_job_says_so(tmp_path, qu
         (changed("sampling", solver="heun", nfe=7), "sampling.solver: heun needs a sigma-based network"),
         (changed("sampling", nfe=2000), "sampling.nfe: 2000 sampling steps were asked.*1000"),
         (changed("sampling", solver="ddim", nfe=70), "sampling.nfe: .*ddim67.*ddim72"),
-        (changed("search", b={"coarse": 0.0}), "b.coarse"),
+        (changed("search", b={"coarse": 0.0}), "search.b.coarse"),
         (changed("search", b={"stride": 0.1}), "b.stride is not a key"),
         ({**JOB, "features": "inception-v9"}, "features: .*inception-v9"),
     ],

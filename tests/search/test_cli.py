@@ -1,0 +1,212 @@
+"""search.cli: the words, exit codes and JSON keys that others build on."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from search.cli import main
+from search.spec import load
+from storage import open_store
+
+JOB = """\
+model: {{name: gauss, format: ideal, options: {{time: discrete, shape: [1, 8, 8], mean: 0.1, std: 0.4}}}}
+dataset: {{name: digits, reference: digits}}
+features: digits
+sampling: {{solver: ddpm, nfe: {nfe}}}
+search: {{images: 64, b: {{coarse: 0.1, fine: 0.05}}, k: {{start: 0, stop: 0}}}}
+resources: {{workers: 1}}
+"""
+
+
+def run(*words, **environment):
+    return CliRunner(env=environment).invoke(main, [str(w) for w in words], catch_exceptions=False)
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def submitted(tmp_path, url, local_ray):
+    (tmp_path / "job.yaml").write_text(JOB.format(nfe=5))
+    result = run("submit", tmp_path / "job.yaml", "--store", url)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_submit_prints_each_trial_and_the_answer(submitted):
+    lines = submitted.output.splitlines()
+    assert lines[0].startswith("job 1: gauss on digits, ddpm, NFE 5, 64 images a trial")
+    assert any("baseline" in line for line in lines)
+    assert any("λ = 1 gives" in line for line in lines)
+
+
+def test_best_and_jobs_answer_in_the_agreed_words(submitted, url):
+    answer = json.loads(
+        run("best", "--model", "gauss", "--dataset", "digits", "--nfe", 5, "--json", "--store", url).output
+    )
+    keys = [
+        "model",
+        "dataset",
+        "solver",
+        "nfe",
+        "k",
+        "b",
+        "lambdas",
+        "distance",
+        "baseline_distance",
+        "images",
+        "trials",
+    ]
+    assert list(answer)[:12] == [*keys, "status"]
+    assert (answer["model"], answer["solver"], answer["nfe"], answer["status"]) == (
+        "gauss",
+        "ddpm",
+        5,
+        "finished",
+    )
+    assert answer["images"] == 64
+    assert answer["lambdas"] == pytest.approx([answer["k"] * t + answer["b"] for t in range(5)])
+    assert answer["distance"] <= answer["baseline_distance"]
+    with open_store(url) as store:
+        evaluations = store.evaluations(1)
+    assert answer["trials"] == len(evaluations)
+    assert answer["distance"] == min(e.distance for e in evaluations)
+    (job,) = json.loads(run("jobs", "--json", LAMTUNE_STORE=url).output)
+    assert job == {
+        "id": 1,
+        "model": "gauss",
+        "dataset": "digits",
+        "solver": "ddpm",
+        "nfe": 5,
+        "status": "finished",
+    }
+    assert "gauss" in run("jobs", "--store", url).output
+    text = run(
+        "best", "--model", "gauss", "--dataset", "digits", "--nfe", 5, "--solver", "ddpm", "--store", url
+    ).output
+    assert f"{answer['distance']:.4f}" in text
+
+
+def test_an_unknown_model_exits_1_and_says_what_the_store_has(submitted, url):
+    result = run("best", "--model", "gaus", "--dataset", "digits", "--nfe", 5, "--store", url)
+    assert result.exit_code == 1
+    assert "model gauss, dataset digits, solver ddpm, NFE 5" in result.output
+
+
+def test_the_dashboard_serves_the_study_of_the_store(submitted, url):
+    words = [
+        sys.executable,
+        "-c",
+        "from search.cli import main; main()",
+        "dashboard",
+        "--port",
+        "18765",
+        "--store",
+        url,
+    ]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen("http://127.0.0.1:18765/api/studies", timeout=5) as answer:
+                    studies = json.load(answer)["study_summaries"]
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        server.terminate()
+        server.wait()
+    assert [s["study_name"].rpartition("--")[0] for s in studies] == ["gauss--digits--ddpm-5"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("features:", "feature:"), "feature: unknown key"),
+        (("nfe: 5", "nfe: 0"), "nfe"),
+        (("format: ideal", "format: adm, path: absent.pt"), "absent.pt"),
+        (("images: 64", "images: 1"), "search.images"),
+        (("ddpm", "heun"), "heun"),
+        (("coarse: 0.1", "coarse: .nan"), "b.coarse"),
+        (("coarse: 0.1", "start: -1"), "b.start is -1.0: it must be positive"),
+        (("reference: digits", "reference: absent.npz"), "absent.npz"),
+    ],
+)
+def test_bad_input_exits_2_and_names_the_key_or_file(change, message, tmp_path, url):
+    (tmp_path / "job.yaml").write_text(JOB.format(nfe=5).replace(*change))
+    result = run("submit", tmp_path / "job.yaml", "--store", url)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_flags_that_do_not_fit_a_checkpoint_are_named_with_the_ones_that_would(shared, tmp_path, url):
+    path = shared / "reference" / "vectors" / "checkpoints" / "adm-uncond.pt"
+    job = JOB.format(nfe=5).replace("format: ideal", f"format: adm, path: {path}")
+    job = job.replace(
+        "options: {time: discrete, shape: [1, 8, 8], mean: 0.1, std: 0.4}", "options: {image_size: 32}"
+    )
+    (tmp_path / "job.yaml").write_text(job)
+    result = run("submit", tmp_path / "job.yaml", "--store", url)
+    assert result.exit_code == 2
+    assert "num_channels" in result.output
+
+
+def test_a_store_that_cannot_be_opened_exits_2_without_its_password(tmp_path):
+    for words in (("jobs",), ("best", "--model", "m", "--dataset", "d", "--nfe", 5)):
+        result = run(*words, "--store", "postgresql://me:geheim@127.0.0.1:1/none")
+        assert result.exit_code == 2
+        assert "cannot be opened" in result.output
+        assert "geheim" not in result.output
+    assert run("jobs", "--store", f"sqlite:///{tmp_path}/no/folder/s.db").exit_code == 2
+
+
+def test_reference_writes_statistics_that_a_job_can_use(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    result = run("reference", tmp_path / "images", "-o", tmp_path / "stats.npz", "--features", "digits")
+    assert result.exit_code == 0, result.output
+    assert "12 images, 64 features" in result.output
+    with np.load(tmp_path / "stats.npz") as stats:
+        assert stats["mu"].shape == (64,)
+        assert stats["sigma"].shape == (64, 64)
+    empty = run("reference", tmp_path / "absent", "-o", tmp_path / "x.npz", "--features", "digits")
+    assert empty.exit_code == 2
+    assert "absent" in empty.output
+
+
+def test_the_demo_is_the_full_protocol_on_ten_thousand_images():
+    from search import cli
+
+    spec = load(cli.DEMO)
+    assert spec.search.strategy == "paper"
+    assert spec.search.images == 10_000
+    assert len(spec.sampling) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["submit", "--help"], ["jobs", "--store", "sqlite:///{}/s.db"]]
+)
+def test_light_commands_import_neither_torch_nor_ray_nor_optuna(words, tmp_path):
+    script = (
+        "import sys\n"
+        "from search.cli import main\n"
+        f"main({[w.format(tmp_path) for w in words]!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'ray', 'optuna', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
