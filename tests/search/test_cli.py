@@ -16,6 +16,7 @@ from search.cli import main
 from search.spec import load
 from storage import open_store
 
+GAUSS = "format: ideal, options: {time: discrete, shape: [1, 8, 8], mean: 0.1, std: 0.4}"
 JOB = """\
 model: {{name: gauss, format: ideal, options: {{time: discrete, shape: [1, 8, 8], mean: 0.1, std: 0.4}}}}
 dataset: {{name: digits, reference: digits}}
@@ -137,11 +138,11 @@ def test_the_dashboard_serves_the_study_of_the_store(submitted, url):
     [
         (("features:", "feature:"), "feature: unknown key"),
         (("nfe: 5", "nfe: 0"), "nfe"),
-        (("format: ideal", "format: adm, path: absent.pt"), "absent.pt"),
+        ((GAUSS, "format: adm, path: absent.pt"), "absent.pt"),
         (("images: 64", "images: 1"), "search.images"),
         (("ddpm", "heun"), "heun"),
         (("coarse: 0.1", "coarse: .nan"), "b.coarse"),
-        (("coarse: 0.1", "start: -1"), "b.start is -1.0: it must be positive"),
+        (("fine: 0.05", "start: -1"), "search.b.start is -1.0: it must be above 0"),
         (("reference: digits", "reference: absent.npz"), "absent.npz"),
     ],
 )
