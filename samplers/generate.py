@@ -15,7 +15,7 @@ from samplers.grids import Floats
 from samplers.guidance import Gradient
 from samplers.models.protocol import Model
 from samplers.prediction import Predict, Prediction
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import DDIM, DDPM, EDM, Diffusers
 from samplers.schedule import Schedule
 
 # Elements of x that one network call takes when nobody says: 2,000 images of 3×32×32 on a GPU, where larger
@@ -33,7 +33,7 @@ class Sampler:
     """
 
     model: Model
-    sampling: DDPM | DDIM | EDM
+    sampling: DDPM | DDIM | EDM | Diffusers
     device: torch.device
     seed: int = 0
     precision: torch.dtype = torch.float32

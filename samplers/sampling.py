@@ -5,14 +5,14 @@ the job file. This is where solvers, guidance and epsilon scaling are put togeth
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from samplers import solvers
+from samplers import diffusers_schedulers, solvers
 from samplers.errors import InputError
 from samplers.grids import (
     Churn,
@@ -26,7 +26,7 @@ from samplers.grids import (
     step_count,
 )
 from samplers.guidance import Gradient, guided
-from samplers.models.protocol import Model
+from samplers.models.protocol import BringsScheduler, Converting, Model
 from samplers.prediction import Predict
 from samplers.scaling import scaled
 from samplers.schedule import Schedule
@@ -71,6 +71,7 @@ class DDPM:
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
+        _images_only(model, self.clip)
         grid = _discrete(model, self.solver, self.nfe, self.respacing or str(self.nfe))
         variance = self.variance or model.variance
         if variance == "learned_range" and not model.learned_range:
@@ -107,6 +108,7 @@ class DDIM:
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
+        _images_only(model, self.clip)
         grid = _discrete(model, self.solver, self.nfe, self.respacing or f"ddim{self.nfe}")
 
         def run(
@@ -186,7 +188,54 @@ class EDM:
         return Plan(grid.times, run, grid.start)
 
 
-Sampling = Annotated[DDPM | DDIM | EDM, Field(discriminator="solver")]
+@dataclass(frozen=True, slots=True)
+class Diffusers:
+    """A scheduler of the diffusers library (an optional dependency) on a discrete-time network.
+
+    scheduler: the class's name, default the one that the model's folder names. options: keys of its configuration
+    that override the folder's, and `eta` for DDIM and TCD; β and the kind of prediction are the network's. nfe counts
+    network evaluations: with n steps, Heun and KDPM2 make 2n - 1.
+
+    What λ divides is the predicted noise, after guidance and after the conversion from v or x0, at every evaluation;
+    the scheduler is built for noise predictions and gets the scaled noise.
+    """
+
+    solver: Literal["diffusers"]
+    nfe: Annotated[int, Field(ge=1)]
+    scheduler: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where diffusers is missing, or the network, scheduler, options or NFE do not fit."""
+        if model.betas is None:
+            raise InputError("sampling.solver: diffusers needs a discrete-time network; use euler or heun")
+        if model.gradient is not None:
+            raise InputError("sampling.solver: diffusers takes no classifier guidance; use ddpm or ddim")
+        config = model.scheduler_config if isinstance(model, BringsScheduler) else {}
+        name = self.scheduler or config.get("_class_name")
+        if name is None:
+            raise InputError(
+                "sampling.scheduler is missing: name a class, such as DPMSolverMultistepScheduler"
+            )
+        prepared = diffusers_schedulers.prepare(
+            name, config, self.options, model.betas, self.nfe, learned_range=model.learned_range
+        )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            if isinstance(model, Converting):
+                levels = [model.level(time) for time in prepared.times.tolist()]
+                net = diffusers_schedulers.at_level(net, model.answers, levels, prepared)
+            return diffusers_schedulers.run(prepared, scaled(net, schedule), x, noise)
+
+        return Plan(prepared.times, run, prepared.start)
+
+
+Sampling = Annotated[DDPM | DDIM | EDM | Diffusers, Field(discriminator="solver")]
 
 
 def _discrete(model: Model, solver: str, nfe: int, respacing: str) -> DiscreteGrid:
@@ -199,3 +248,10 @@ def _discrete(model: Model, solver: str, nfe: int, respacing: str) -> DiscreteGr
     if grid.nfe != nfe:
         raise InputError(f"sampling.respacing: {respacing!r} makes {grid.nfe} evaluations, but nfe is {nfe}")
     return grid
+
+
+def _images_only(model: Model, clip: bool) -> None:
+    if clip and model.image_shape != model.shape:
+        raise InputError(
+            "sampling.clip: the state is a latent, which is not limited to [-1, 1]; set clip: false"
+        )

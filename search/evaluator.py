@@ -20,7 +20,7 @@ from objectives.reference import Reference, load_reference
 from samplers.generate import Sampler
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import DDIM, DDPM, EDM, Diffusers
 from samplers.schedule import Schedule
 from search.spec import JobSpec
 
@@ -86,7 +86,7 @@ class Evaluator:
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.reference.digest}".encode()).hexdigest()
 
     def sample(
-        self, sampling: DDPM | DDIM | EDM, schedule: Schedule, start: int, stop: int
+        self, sampling: DDPM | DDIM | EDM | Diffusers, schedule: Schedule, start: int, stop: int
     ) -> tuple[Moments, float]:
         """Moments of the features of images start … stop − 1, and the seconds that it took.
 

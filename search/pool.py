@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 
 from objectives.moments import Moments
 from samplers.errors import InputError
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import DDIM, DDPM, EDM, Diffusers
 from samplers.schedule import Schedule
 from search.evaluator import BLOCK, Evaluator
 from search.spec import JobSpec
@@ -65,7 +65,7 @@ class SamplerWorker:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
     def sample(
-        self, sampling: DDPM | DDIM | EDM, schedule: Schedule, start: int, stop: int
+        self, sampling: DDPM | DDIM | EDM | Diffusers, schedule: Schedule, start: int, stop: int
     ) -> tuple[Moments, float]:
         """See Evaluator.sample."""
         return self._evaluator.sample(sampling, schedule, start, stop)

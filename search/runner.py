@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from samplers.errors import LamtuneError
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import DDIM, DDPM, EDM, Diffusers
 from search import pool, tuner
 from search.evaluator import Evaluator, precision
 from search.progress import TerminalWatcher
@@ -65,13 +65,17 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
         return tuple(store.job(job.id) for job in jobs)
 
 
-def strategy(spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator) -> PaperStrategy:
+def strategy(spec: JobSpec, sampling: DDPM | DDIM | EDM | Diffusers, evaluator: Evaluator) -> PaperStrategy:
     """The strategy of one search. Raises InputError that names the key."""
     return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
 
 
 def _job(
-    store: Store, spec: JobSpec, sampling: DDPM | DDIM | EDM, evaluator: Evaluator, resources: pool.Resources
+    store: Store,
+    spec: JobSpec,
+    sampling: DDPM | DDIM | EDM | Diffusers,
+    evaluator: Evaluator,
+    resources: pool.Resources,
 ) -> Job:
     """The store's job of one search, made if it is new: the same question is the same job."""
     number_type = precision(spec, torch.device(resources.device))
@@ -114,7 +118,7 @@ def _job(
 def _run(
     store: Store,
     spec: JobSpec,
-    todo: list[tuple[Job, DDPM | DDIM | EDM, PaperStrategy]],
+    todo: list[tuple[Job, DDPM | DDIM | EDM | Diffusers, PaperStrategy]],
     resources: pool.Resources,
     console: Console,
 ) -> None:

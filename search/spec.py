@@ -145,7 +145,8 @@ def _lines(error: ValidationError) -> list[str]:
     """One line per mistake, beginning with its key as written in the file."""
     lines = []
     for mistake in error.errors(include_url=False):
-        tags = {"ddpm", "ddim", "euler", "heun", "int", "str"}  # union branches, which the file does not have
+        # union branches, which the file does not have
+        tags = {"ddpm", "ddim", "euler", "heun", "diffusers", "int", "str"}
         key = ".".join(
             str(p) for p in mistake["loc"] if isinstance(p, str) and p not in tags and "[" not in p
         )
