@@ -183,8 +183,8 @@ def load_diffusers(path: Path, options: Mapping[str, object]) -> DiffusersModel:
             f"{source}: prediction_type {full['prediction_type']!r} is none of {', '.join(_ANSWERS)}"
         )
     shape, learned = _shape(place, config, chosen)
-    decoder = _decoder(files, shape)
     num_classes, guidance = _classes(place, config, chosen)
+    decoder = _decoder(files, shape)
     network = _network(files, place, config)
     return DiffusersModel(
         network,
