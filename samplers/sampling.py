@@ -6,15 +6,15 @@ knows the others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args, get_type_hints
 
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from samplers import analytic, ldm, solvers
+from samplers import analytic, diffusers_schedulers, ldm, solvers
 from samplers.errors import InputError
 from samplers.grids import (
     Churn,
@@ -28,7 +28,7 @@ from samplers.grids import (
     step_count,
 )
 from samplers.guidance import Gradient, guided
-from samplers.models.protocol import Model
+from samplers.models.protocol import BringsScheduler, Converting, Model
 from samplers.prediction import Predict
 from samplers.scaling import scaled
 from samplers.schedule import Schedule
@@ -73,6 +73,7 @@ class DDPM:
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
+        _images_only(model, self.clip)
         grid = _discrete(model, self.solver, self.nfe, self.respacing or str(self.nfe))
         variance = self.variance or model.variance
         if variance == "learned_range" and not model.learned_range:
@@ -109,6 +110,7 @@ class DDIM:
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
+        _images_only(model, self.clip)
         grid = _discrete(model, self.solver, self.nfe, self.respacing or f"ddim{self.nfe}")
 
         def run(
@@ -337,7 +339,52 @@ class LDM:
         return Plan(grid.times, run)
 
 
-Solver: TypeAlias = DDPM | DDIM | EDM | AnalyticDDPM | AnalyticDDIM | LDM
+@dataclass(frozen=True, slots=True)
+class Diffusers:
+    """A scheduler of the diffusers library (an optional dependency) on a discrete-time network.
+
+    scheduler: the class's name, default the one that the model's folder names. options: keys of its configuration
+    that override the folder's, and `eta` for DDIM and TCD; β and the kind of prediction are the network's. nfe counts
+    network evaluations: with n steps, Heun and KDPM2 make 2n - 1.
+
+    What λ divides is the predicted noise, after guidance and after the conversion from v or x0, at every evaluation;
+    the scheduler is built for noise predictions and gets the scaled noise.
+    """
+
+    solver: Literal["diffusers"]
+    nfe: Annotated[int, Field(ge=1)]
+    scheduler: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    state_dtype: ClassVar[torch.dtype] = torch.float32
+    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def plan(self, model: Model) -> Plan:
+        """Raises InputError where diffusers is missing, or the network, scheduler, options or NFE do not fit."""
+        betas = _betas(model, self.solver)
+        _require_no_classifier(model, self.solver)
+        config = model.scheduler_config if isinstance(model, BringsScheduler) else {}
+        name = self.scheduler or config.get("_class_name")
+        if name is None:
+            raise InputError(
+                "sampling.scheduler is missing: name a class, such as DPMSolverMultistepScheduler"
+            )
+        prepared = diffusers_schedulers.prepare(
+            name, config, self.options, betas, self.nfe, learned_range=model.learned_range
+        )
+
+        def run(
+            net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
+        ) -> Tensor:
+            if isinstance(model, Converting):
+                levels = [model.level(time) for time in prepared.times.tolist()]
+                net = diffusers_schedulers.at_level(net, model.answers, levels, prepared)
+            return diffusers_schedulers.run(prepared, scaled(net, schedule), x, noise)
+
+        return Plan(prepared.times, run, prepared.start)
+
+
+Solver: TypeAlias = DDPM | DDIM | EDM | AnalyticDDPM | AnalyticDDIM | LDM | Diffusers
 """Any of the solvers with its options."""
 
 Sampling = Annotated[Solver, Field(discriminator="solver")]
@@ -346,6 +393,13 @@ SOLVERS: tuple[str, ...] = tuple(
     name for kind in get_args(Solver) for name in get_args(get_type_hints(kind)["solver"])
 )
 """What `solver` may say in a job file."""
+
+
+def _images_only(model: Model, clip: bool) -> None:
+    if clip and model.image_shape != model.shape:
+        raise InputError(
+            "sampling.clip: the state is a latent, which is not limited to [-1, 1]; set clip: false"
+        )
 
 
 def _betas(model: Model, solver: str) -> Floats:

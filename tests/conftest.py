@@ -263,3 +263,112 @@ def save_snapshot(tmp_path: Path) -> Callable[..., Path]:
         return file
 
     return save
+
+
+class DiffusersFolders:
+    """Writes tiny random networks of the diffusers library in the layout of its pipelines."""
+
+    betas: ClassVar[dict[str, Any]] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def pipeline(
+        self, *, scheduler: str = "DDPMScheduler", config: Mapping[str, Any] | None = None, **parts: Any
+    ) -> Path:
+        """A folder with a scheduler and `parts` (folder name → module)."""
+        import diffusers
+
+        for name, part in parts.items():
+            part.save_pretrained(self.root / name)
+        getattr(diffusers, scheduler)(**(config or {})).save_pretrained(self.root / "scheduler")
+        return self.root
+
+    @staticmethod
+    def unet(seed: int = 0, channels: int = 3, **settings: Any) -> Any:
+        """A UNet2DModel of two levels for 8×8 states."""
+        import diffusers
+        import torch
+
+        torch.manual_seed(seed)
+        return diffusers.UNet2DModel(
+            **{
+                "sample_size": 8,
+                "in_channels": channels,
+                "out_channels": channels,
+                "layers_per_block": 1,
+                "block_out_channels": (16, 32),
+                "norm_num_groups": 8,
+                "attention_head_dim": 8,
+                "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+                "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            }
+            | settings
+        ).eval()
+
+    @staticmethod
+    def dit(seed: int = 0, **settings: Any) -> Any:
+        """A DiTTransformer2DModel with learned variance for 4×4 latents of four channels."""
+        import diffusers
+        import torch
+
+        torch.manual_seed(seed)
+        return diffusers.DiTTransformer2DModel(
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 8,
+                "in_channels": 4,
+                "out_channels": 8,
+                "num_layers": 2,
+                "sample_size": 4,
+                "norm_num_groups": 4,
+            }
+            | settings
+        ).eval()
+
+    @staticmethod
+    def vq(seed: int = 1) -> Any:
+        """A VQModel with three channels of latents, at half the size of its images."""
+        import diffusers
+        import torch
+
+        torch.manual_seed(seed)
+        model = diffusers.VQModel(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=3,
+            num_vq_embeddings=32,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        ).eval()
+        torch.nn.init.normal_(model.quantize.embedding.weight)
+        return model
+
+    @staticmethod
+    def kl(seed: int = 1, **settings: Any) -> Any:
+        """An AutoencoderKL with four channels of latents, at half the size of its images."""
+        import diffusers
+        import torch
+
+        torch.manual_seed(seed)
+        return diffusers.AutoencoderKL(
+            **{
+                "block_out_channels": (8, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "latent_channels": 4,
+                "norm_num_groups": 4,
+            }
+            | settings
+        ).eval()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> DiffusersFolders:
+    """Tiny pipelines of the diffusers library, in tmp_path/pipeline."""
+    return DiffusersFolders(tmp_path / "pipeline")

@@ -50,3 +50,18 @@ def test_an_example_is_a_job_for_a_snapshot_of_its_kind(
     model = load_model(spec.model.format, spec.model.path, spec.model.options, tmp_path)
     for sampling in spec.sampling:
         assert sampling.plan(model).times.size == sampling.nfe
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library, about numpy
+@pytest.mark.parametrize("name", ["ddpm-diffusers", "ldm-diffusers", "dit-diffusers"])
+def test_an_example_is_a_job_for_a_folder_of_its_kind(folders: Any, name: str) -> None:
+    parts = {
+        "ddpm-diffusers": lambda: {"unet": folders.unet()},
+        "ldm-diffusers": lambda: {"unet": folders.unet(), "vqvae": folders.vq()},
+        "dit-diffusers": lambda: {"transformer": folders.dit(), "vae": folders.kl()},
+    }
+    spec = load(EXAMPLES / f"{name}.yaml")
+    folders.pipeline(**parts[name]())
+    model = load_model(spec.model.format, folders.root.name, spec.model.options, folders.root.parent)
+    for sampling in spec.sampling:
+        assert sampling.plan(model).times.size == sampling.nfe

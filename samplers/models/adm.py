@@ -202,7 +202,7 @@ class AdmModel:
         self.num_classes = options.num_classes if options.class_cond or classifier else None
         self._class_cond = options.class_cond
         self._scale = options.classifier_scale
-        self._kind: Literal["x0", "epsilon"] = "x0" if options.predict_xstart else "epsilon"
+        self.answers: Literal["x0", "epsilon"] = "x0" if options.predict_xstart else "epsilon"
         self._process = Process(betas=training_betas(options.noise_schedule, options.diffusion_steps))
         self._time_unit = 1000 / options.diffusion_steps if options.rescale_timesteps else 1.0
 
@@ -228,10 +228,11 @@ class AdmModel:
         """See `Model`; `time` is the original training index, 0..diffusion_steps-1."""
         output = self.network(x, self._seen(time, x), labels if self._class_cond else None).to(x.dtype)
         first, v = output.chunk(2, dim=1) if self.learned_range else (output, None)
-        if self._kind == "epsilon":
-            return Prediction(first, v)
-        alpha, sigma = self._process.coefficients(time)
-        return Prediction(to_epsilon(self._kind, first, x, alpha, sigma), v)
+        return Prediction(to_epsilon(self.answers, first, x, *self.level(time)), v)
+
+    def level(self, time: float) -> tuple[float, float]:
+        """See `Converting`."""
+        return self._process.coefficients(time)
 
     def _seen(self, time: float, x: Tensor) -> Tensor:
         """The time as the networks get it, float32 [1]: with `rescale_timesteps` index * 1000 / T0."""

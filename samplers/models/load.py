@@ -8,6 +8,7 @@ from pathlib import Path
 
 from samplers.errors import InputError
 from samplers.models.adm import load_adm
+from samplers.models.diffusers_folder import load_diffusers
 from samplers.models.digits import load_digits
 from samplers.models.edm import load_edm, load_pfgmpp
 from samplers.models.ideal import load_ideal
@@ -19,6 +20,10 @@ Options = Mapping[str, object]
 
 def _adm(path: str | None, options: Options, folder: Path) -> Model:
     return load_adm(folder / _needed("adm", path, "the checkpoint"), options, folder)
+
+
+def _diffusers(path: str | None, options: Options, folder: Path) -> Model:
+    return load_diffusers(folder / _needed("diffusers", path, "the folder"), options)
 
 
 def _edm(path: str | None, options: Options, folder: Path) -> Model:
@@ -45,6 +50,7 @@ def _digits(path: str | None, options: Options, folder: Path) -> Model:
 
 _FAMILIES: Mapping[str, Callable[[str | None, Options, Path], Model]] = {
     "adm": _adm,
+    "diffusers": _diffusers,
     "digits": _digits,
     "edm": _edm,
     "ideal": _ideal,

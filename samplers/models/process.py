@@ -58,10 +58,17 @@ class Process:
         return "sigma" if self.betas is None else "discrete"
 
     def coefficients(self, time: float) -> tuple[float, float]:
-        """alpha and sigma at a time; for discrete time the index, 0 <= time < T0."""
+        """alpha and sigma at a time; for discrete time the index, 0 <= time <= T0 - 1.
+
+        Between two indices log(sigma/alpha) is interpolated linearly.
+        """
         if self.betas is None:
             return 1.0, time
-        abar = float(self._abar[int(time)])
+        low = int(time)
+        abar = float(self._abar[low])
+        if low != time:
+            low_odds, high_odds = (1 / self._abar[k] - 1 for k in (low, low + 1))  # (sigma/alpha)²
+            abar = float(1 / (1 + low_odds * (high_odds / low_odds) ** (time - low)))
         return abar**0.5, (1 - abar) ** 0.5
 
     def pixels(self, x: Tensor) -> Tensor:

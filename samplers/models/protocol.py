@@ -3,8 +3,8 @@
 Knows nothing of files, solvers or lambda: a model predicts the noise in one state at one time, no more.
 """
 
-from collections.abc import Callable
-from typing import Literal, Protocol, Self, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -90,3 +90,27 @@ class Model(Protocol):
 
     def pixels(self, x: Tensor) -> Tensor:
         """The final state [B, *shape] as uint8 [B, *image_shape], rounded as the family does it."""
+
+
+@runtime_checkable
+class Converting(Protocol):
+    """What a discrete-time model adds whose network may answer in another form than noise.
+
+    For solvers that work at noise levels between the training timesteps, where each interpolates in its own way.
+    """
+
+    @property
+    def answers(self) -> Literal["epsilon", "x0", "v"]:
+        """The form of the network's answer, see `samplers.prediction.to_epsilon`."""
+
+    def level(self, time: float) -> tuple[float, float]:
+        """alpha and sigma with which an answer at `time`, possibly fractional, is converted to noise."""
+
+
+@runtime_checkable
+class BringsScheduler(Protocol):
+    """What a model adds that was stored together with a scheduler of diffusers."""
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The content of its scheduler_config.json."""

@@ -76,7 +76,7 @@ class PythonModel:
         self.time = process.time
         self.betas = process.betas
         self.sigma_range = process.sigma_range
-        self._kind = options.prediction
+        self.answers = options.prediction
 
     def to(self, device: torch.device) -> Self:
         """See `Model`."""
@@ -84,9 +84,9 @@ class PythonModel:
         return self
 
     def answer(self, x: Tensor, time: float, labels: Tensor | None) -> Any:
-        """What the module says to float32 x and t [B]: int64 indices in discrete time, float32
-        sigmas otherwise."""
-        kind = torch.int64 if self.time == "discrete" else torch.float32
+        """What the module says to float32 x and t [B]: int64 indices in discrete time, float32 sigmas
+        otherwise, and float32 too where a solver asks between two indices."""
+        kind = torch.int64 if self.time == "discrete" and float(time).is_integer() else torch.float32
         times = torch.full((len(x),), time, dtype=torch.float64, device=x.device).to(kind)
         given = (x.float(), times) if self.num_classes is None else (x.float(), times, labels)
         return self.network(*given)
@@ -95,7 +95,11 @@ class PythonModel:
         """See `Model`."""
         output = self.answer(x, time, labels).to(x.dtype)
         first, v = output.chunk(2, dim=1) if self.learned_range else (output, None)
-        return Prediction(to_epsilon(self._kind, first, x, *self.process.coefficients(time)), v)
+        return Prediction(to_epsilon(self.answers, first, x, *self.level(time)), v)
+
+    def level(self, time: float) -> tuple[float, float]:
+        """See `Converting`."""
+        return self.process.coefficients(time)
 
     def pixels(self, x: Tensor) -> Tensor:
         """See `Model`: ADM's rounding for discrete time, EDM's for sigma time."""
