@@ -71,6 +71,8 @@ class Evaluator:
         reference: statistics that another process has read already; None: read them, or compute them once, with
         progress(done, total), and cache them.
         """
+        # float32 means float32: cuDNN would take TF32, with a mantissa of 10 bits, for convolutions.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         model = load_model(spec.model.format, spec.model.path, spec.model.options, spec.folder)
         for sampling in spec.sampling:
             sampling.plan(model)
