@@ -228,6 +228,8 @@ class AdmModel:
         """See `Model`; `time` is the original training index, 0..diffusion_steps-1."""
         output = self.network(x, self._seen(time, x), labels if self._class_cond else None).to(x.dtype)
         first, v = output.chunk(2, dim=1) if self.learned_range else (output, None)
+        if self.answers == "epsilon":
+            return Prediction(first, v)
         return Prediction(to_epsilon(self.answers, first, x, *self.level(time)), v)
 
     def level(self, time: float) -> tuple[float, float]:
