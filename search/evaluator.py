@@ -33,10 +33,14 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def precision(spec: JobSpec, device: torch.device) -> Precision:
-    """The number type of the network's arithmetic; `auto` is bfloat16 on a GPU and float32 elsewhere."""
+    """The number type of the network's arithmetic; `auto` is float16 (autocast) on a GPU and float32 elsewhere.
+
+    Not bfloat16, which is as fast but moved the distance of a real CIFAR-10 network at λ = 1 by 1.9 of 43.8, more
+    than its error bar; float16 moved it by 0.05. Where float16 overflows the trial fails and says so.
+    """
     asked = spec.model.precision
     if asked == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+        return "float16" if device.type == "cuda" else "float32"
     return asked
 
 

@@ -31,7 +31,10 @@ class _Section(BaseModel):
 
 
 class ModelSpec(_Section):
-    """The network: `format` names the adapter, `path` its checkpoint (or factory), `options` its flags."""
+    """The network: `format` names the adapter, `path` its checkpoint (or factory), `options` its flags.
+
+    precision: of its arithmetic, by autocast; the state stays float32 or float64. See `evaluator.precision`.
+    """
 
     name: str = Field(min_length=1)
     format: str

@@ -146,5 +146,6 @@ class Search:
             raise LamtuneError(self.fatal)
         if not any(e.state == "complete" for e in self._store.evaluations(self._job.id)):
             raise LamtuneError(
-                "no schedule has a finite distance, not even λ = 1: check the model and its flags"
+                "no schedule has a finite distance, not even λ = 1: check the model and its flags, "
+                "and try model.precision: float32"
             )

@@ -176,10 +176,12 @@ def test_members_with_outside_paths_are_read_and_nothing_is_written(
     members: dict[str, bytes], extractor: NetworkExtractor, tmp_path: Path
 ) -> None:
     outside = {f"../../{name}": content for name, content in members.items()}
-    for source in (zip_of(outside, tmp_path / "a.zip"), tar_of(outside, tmp_path / "a.tar", "w")):
-        before = sorted(tmp_path.parent.parent.rglob("*"))
+    folder = tmp_path / "two" / "down"
+    folder.mkdir(parents=True)
+    for source in (zip_of(outside, folder / "a.zip"), tar_of(outside, folder / "a.tar", "w")):
+        before = sorted(tmp_path.rglob("*"))
         assert compute_reference(source, extractor, SHAPE).n == COUNT
-        assert sorted(tmp_path.parent.parent.rglob("*")) == before
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_grey_models_get_luminance_and_colour_models_get_repeated_greys(tmp_path: Path) -> None:

@@ -445,7 +445,7 @@ def test_sigma_networks_and_classifiers_are_refused() -> None:
         Diffusers("diffusers", 10, "DDIMScheduler").plan(model)
     guided: Any = Tiny()
     guided.gradient = lambda x, time, labels: x
-    with pytest.raises(InputError, match="takes no classifier guidance"):
+    with pytest.raises(InputError, match="takes no guidance by a classifier"):
         Diffusers("diffusers", 10).plan(guided)
 
 

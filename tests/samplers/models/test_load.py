@@ -49,7 +49,12 @@ def test_an_absolute_path_is_taken_as_it_is(save: Callable[..., Path], small_fla
 @pytest.mark.parametrize(
     ("family", "path", "options", "message"),
     [
-        ("edm2", "x", {}, "model.format must be one of adm, diffusers, digits, edm, ideal, pfgmpp, python, not 'edm2'"),
+        (
+            "edm2",
+            "x",
+            {},
+            "model.format must be one of adm, diffusers, digits, edm, ideal, pfgmpp, python, not 'edm2'",
+        ),
         ("adm", None, {}, "model.path is missing: format 'adm' needs the checkpoint"),
         ("python", "", {}, "model.path is missing: format 'python' needs file.py:factory"),
         ("edm", None, {}, "model.path is missing: format 'edm' needs the snapshot"),
