@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -166,6 +167,32 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ra
         assert store.claim(job.id, stale_after=60)
         with pytest.raises(LamtuneError, match="is being run by another process"):
             runner.submit(parse(JOB, "job.yaml", tmp_path), store.safe_url, quiet)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_costs_its_calls_and_changes_no_distance(tmp_path, quiet):
+    job = changed("search", images=3000, rungs=[1000])
+    _, (undisturbed,) = submitted(job, tmp_path, quiet, "undisturbed.db")
+    killed = []
+
+    def kill_one_while_it_samples():
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.process_iter(["cmdline"]):
+                if "".join(process.info["cmdline"] or []).startswith("ray::SamplerWorker.sample"):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one_while_it_samples)
+    killer.start()
+    _, (disturbed,) = submitted(job, tmp_path, quiet, "disturbed.db")
+    killer.join()
+    assert killed
+    assert [(e.lambdas, e.state, dict(e.rungs)) for e in disturbed] == [
+        (e.lambdas, e.state, dict(e.rungs)) for e in undisturbed
+    ]
 
 
 _DRIVER = """
