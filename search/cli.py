@@ -27,6 +27,9 @@ class _Group(click.Group):
         except LamtuneError as error:
             click.echo(f"lamtune: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("lamtune: interrupted; submit the same job again to go on", err=True)
+            sys.exit(130)
 
 
 def _store_option(command: Any) -> Any:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import ray
@@ -189,7 +189,8 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(_HEARTBEAT_S):
-            store.heartbeat(job.id)
+            with suppress(LamtuneError):  # a database that is away for a while is no reason to stop
+                store.heartbeat(job.id)
 
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()

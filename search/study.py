@@ -144,6 +144,8 @@ class Search:
         """After the last trial: raises LamtuneError where the search could not go on, or found nothing."""
         if self.fatal is not None:
             raise LamtuneError(self.fatal)
+        if not self.finished:
+            raise LamtuneError("the search was stopped before its end: submit the job again to go on")
         if not any(e.state == "complete" for e in self._store.evaluations(self._job.id)):
             raise LamtuneError(
                 "no schedule has a finite distance, not even λ = 1: check the model and its flags, "

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from samplers.errors import InputError, LamtuneError
@@ -205,9 +206,25 @@ runner.submit(load(Path(sys.argv[1])), sys.argv[2])
 """
 
 
-def test_a_killed_driver_goes_on_where_it_stopped(tmp_path):
-    import yaml
+def test_ctrl_c_cancels_the_job_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(changed("search", images=20_000)))
+    url = f"sqlite:///{tmp_path}/store.db"
+    words = ["submit", str(tmp_path / "job.yaml"), "--store", url]
+    program = [sys.executable, "-c", "from search.cli import main; main()", *words]
+    driver = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with open_store(url) as store:
+        deadline = time.monotonic() + 120
+        while not (store.jobs() and any(e.rungs for e in store.evaluations(1))):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGINT)
+        _, error = driver.communicate(timeout=60)
+        assert driver.returncode == 130
+        assert "submit the same job again" in error
+        assert store.job(1).status == "cancelled"
 
+
+def test_a_killed_driver_goes_on_where_it_stopped(tmp_path):
     slow = changed("search", images=4000, rungs=[1000])
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(slow))
     url = f"sqlite:///{tmp_path}/store.db"
