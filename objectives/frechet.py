@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from objectives.moments import Moments
-from samplers.errors import LamtuneError
-
-
-class NonFiniteError(LamtuneError):
-    """A mean or a covariance has NaN or infinite entries: some image or feature behind it is broken."""
+from samplers.errors import NonFiniteError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

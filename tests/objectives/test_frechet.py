@@ -7,8 +7,9 @@ from scipy.linalg import sqrtm  # type: ignore[import-untyped]
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from objectives.frechet import FrechetReference, Gaussian, NonFiniteError
+from objectives.frechet import FrechetReference, Gaussian
 from objectives.moments import Moments
+from samplers.errors import NonFiniteError
 
 
 def features(n: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:

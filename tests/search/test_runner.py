@@ -123,6 +123,25 @@ def test_a_model_that_diverges_fails_its_trials_and_the_job_says_so(tmp_path, qu
         assert states == {("failed", "sampling gave images that are not finite")}
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_features_that_are_not_finite_fail_their_trial_and_not_the_search(tmp_path, quiet):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            mean = x.double().mean((2, 3))
+            return torch.cat([mean, mean.square(), mean * float("nan")], 1)
+
+    torch.jit.script(Broken()).save(str(tmp_path / "features.ts"))
+    np.savez(tmp_path / "stats.npz", mu=np.ones(3), sigma=np.eye(3))
+    job = {**JOB, "dataset": {"name": "d", "reference": "stats.npz"}, "features": "features.ts"}
+    url = f"sqlite:///{tmp_path}/store.db"
+    with pytest.raises(LamtuneError, match="no schedule has a finite distance"):
+        runner.submit(parse(job, "job.yaml", tmp_path), url, quiet)
+    with open_store(url) as store:
+        evaluations = store.evaluations(1)
+    assert len(evaluations) > 1
+    assert all(e.state == "failed" and "NaN" in e.error for e in evaluations)
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [
