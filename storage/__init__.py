@@ -4,7 +4,7 @@ Knows nothing of torch, images or strategies.
 """
 
 from storage.errors import NotInStore
-from storage.records import Best, Evaluation, Evaluator, Job, NewJob
+from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, NewJob
 from storage.store import Store, open_store
 
-__all__ = ["Best", "Evaluation", "Evaluator", "Job", "NewJob", "NotInStore", "Store", "open_store"]
+__all__ = ["CONFIRM", "Best", "Evaluation", "Evaluator", "Job", "NewJob", "NotInStore", "Store", "open_store"]
