@@ -27,7 +27,7 @@ from samplers import noise as numbers
 from samplers.errors import InputError, NonFiniteError
 from samplers.grids import Floats
 from samplers.prediction import Predict
-from samplers.solvers import Noise
+from samplers.solvers import Noise, check_eta
 
 Spacing = Literal["linear", "quad_ddim"]
 Variance = Literal["analytic", "fixed_small", "fixed_large"]
@@ -152,7 +152,8 @@ def ddim_variance(grid: AnalyticGrid, eta: float, ms_eps: Statistics | None = No
 
     Raises InputError unless 0 <= eta <= 1, and for Γ that does not fit the grid.
     """
-    variance = _checked_eta(eta) ** 2 * grid.posterior_variance
+    check_eta(eta)
+    variance = eta**2 * grid.posterior_variance
     if ms_eps is not None:
         weight = np.sqrt(grid.abar_prev) - _direction(grid, eta) * np.sqrt(grid.abar / (1 - grid.abar))
         variance = variance + weight**2 * _image_variance(grid, ms_eps)
@@ -195,12 +196,6 @@ def _direction(grid: AnalyticGrid, eta: float) -> Floats:
     return np.asarray(np.sqrt(np.maximum(1 - grid.abar_prev - eta**2 * grid.posterior_variance, 0.0)))
 
 
-def _checked_eta(eta: float) -> float:
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must lie between 0 (DDIM) and 1 (ancestral), not {eta}")
-    return eta
-
-
 # --- solvers ------------------------------------------------------------------------------------------------
 
 
@@ -239,9 +234,10 @@ def ddim(
 
     Raises InputError unless 0 <= eta <= 1.
     """
+    check_eta(eta)
     root, ratio = np.sqrt(1 / grid.abar).tolist(), np.sqrt(1 / grid.abar - 1).tolist()
     weight_x0 = np.sqrt(grid.abar_prev).tolist()
-    weight_eps = _direction(grid, _checked_eta(eta)).tolist()
+    weight_eps = _direction(grid, eta).tolist()
     deviation = np.sqrt(variance).tolist()
     for t in reversed(range(grid.nfe)):
         eps = predict(x, t).eps

@@ -302,6 +302,26 @@ def test_what_does_not_fit_the_network_is_refused_with_its_key(
         AnalyticDDIM("analytic_ddim", 7, variance="ddim", clip_sigma_idx=1)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "changes", "message"),
+    [
+        (DDIM("ddim", 5), {"eta": 1.5}, "eta must lie between 0"),
+        (AnalyticDDIM("analytic_ddim", 5), {"eta": float("nan")}, "eta must lie between 0"),
+        (LDM("ldm_ddim", 5), {"eta": -0.1}, "eta must lie between 0"),
+        (LDM("ldm_ddim", 5), {"temperature": float("inf")}, "temperature must be finite"),
+        (EDM("heun", 5), {"S_churn": -1.0}, "S_churn must be finite"),
+        (EDM("heun", 5), {"S_noise": float("nan")}, "S_noise must be finite"),
+        (EDM("heun", 5, S_max=1.0), {"S_min": 2.0}, "S_min and S_max must satisfy"),
+        (EDM("heun", 5), {"S_max": -1.0}, "S_min and S_max must satisfy"),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused_also_where_it_replaces_another(
+    sampling: Any, changes: dict[str, float], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(sampling, **changes)
+
+
 class Zero:
     """A network of 30 timesteps that takes every image for 0, and remembers the times it was told."""
 
