@@ -80,6 +80,114 @@ def test_a_class_conditional_u_net_takes_labels_and_guidance(folders: Any) -> No
     same(load_diffusers(path, {"guidance_scale": 1.0, "num_classes": 5})(X, 400, LABELS).eps, given)
 
 
+CLASSES = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+
+
+def attending(folders: Any, **settings: Any) -> tuple[Any, Path]:
+    """LDM's class-conditional network: a U-Net that attends to one token per class, a VQ decoder, and the embedding
+    of five classes and none."""
+    network = folders.conditional(**settings)
+    path = folders.pipeline(unet=network, vqvae=folders.vq(), scheduler="DDIMScheduler", config=folders.betas)
+    torch.save({"embedding.weight": CLASSES}, path / "class_embedder.pt")
+    return network, path
+
+
+def test_a_u_net_that_attends_to_its_class_takes_labels_guidance_and_no_class(folders: Any) -> None:
+    network, path = attending(folders)
+    file = str(path / "class_embedder.pt")
+
+    def model(**options: Any) -> Any:
+        return load_diffusers(path, {"class_embedder": file, **options})
+
+    with torch.no_grad():
+        given = network(X, 400, CLASSES[LABELS][:, None]).sample
+        without = network(X, 400, CLASSES[-1].expand(3, 1, 16)).sample
+    assert (given - without).abs().max() > 0.01
+    assert (model().num_classes, model(guidance_scale=3.0).num_classes) == (6, 5)
+    assert (model().shape, model().image_shape) == ((3, 8, 8), (3, 16, 16))
+    same(model(num_classes=5)(X, 400, LABELS).eps, given)
+    same(model(guidance_scale=1.0)(X, 400, LABELS).eps, given)
+    same(model(guidance_scale=3.0)(X, 400, LABELS).eps, without + 3 * (given - without), 2e-6)
+    same(model(guidance_scale=0.0)(X, 400, LABELS).eps, without)
+
+
+def test_the_embedding_of_classes_may_lie_anywhere_as_safetensors_and_counts_for_the_fingerprint(
+    folders: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    network, path = attending(folders)
+    save_file({"weight": CLASSES}, tmp_path / "classes.safetensors")
+    options = {"class_embedder": "classes.safetensors", "guidance_scale": 2.0}
+    model = load_model("diffusers", path.name, options, tmp_path)
+    with torch.no_grad():
+        given, without = (
+            network(X, 400, rows[:, None]).sample for rows in (CLASSES[LABELS], CLASSES[-1].expand(3, 16))
+        )
+    same(model(X, 400, LABELS).eps, 2 * given - without, 2e-6)
+    save_file({"weight": CLASSES + 1}, tmp_path / "classes.safetensors")
+    assert load_model("diffusers", path.name, options, tmp_path).fingerprint != model.fingerprint
+
+
+def test_a_conditional_u_net_without_cross_attention_is_used_with_its_label_embedding_or_none(
+    folders: Any,
+) -> None:
+    plain: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "mid_block_type": None,
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    for classes in (None, 6):
+        network = folders.conditional(num_class_embeds=classes, **plain)
+        path = folders.pipeline(unet=network)
+        labels = None if classes is None else LABELS
+        with torch.no_grad():
+            wanted = network(X, 400, None, class_labels=labels).sample
+        model = load_diffusers(path, {})
+        assert model.num_classes == classes
+        same(model(X, 400, labels).eps, wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (CLASSES, {}, "holds a Tensor, where a state dict"),
+        ({"a": CLASSES, "b": CLASSES}, {}, r"holds 2 tensors \(a, b …\); save the embedding alone"),
+        ({"weight": CLASSES[:, :8]}, {}, r"weight in .* is \[6, 8\], but .* context of width 16"),
+        ({"weight": CLASSES[0]}, {}, r"weight in .* is \[16\]"),
+        ({"weight": CLASSES / 0}, {}, "holds NaN or infinity"),
+        ({"weight": CLASSES}, {"num_classes": 7}, "the network knows 6, not 7"),
+        ({"weight": CLASSES}, {"num_classes": 6, "guidance_scale": 2.0}, "the network knows 5, not 6"),
+    ],
+)
+def test_an_embedding_of_classes_that_does_not_fit_is_refused(
+    folders: Any, content: object, options: dict[str, Any], message: str
+) -> None:
+    _, path = attending(folders)
+    torch.save(content, path / "class_embedder.pt")
+    with pytest.raises(InputError, match=message):
+        load_diffusers(path, {"class_embedder": str(path / "class_embedder.pt"), **options})
+
+
+def test_networks_of_prompts_are_refused_with_the_way_for_classes(folders: Any, tmp_path: Path) -> None:
+    _, path = attending(folders)
+    with pytest.raises(
+        InputError, match=r"name the file .* as model\.options\.class_embedder.* give it a text"
+    ):
+        load_diffusers(path, {})
+    with pytest.raises(InputError, match=r"absent\.pt cannot be read"):
+        load_diffusers(path, {"class_embedder": str(tmp_path / "absent.pt")})
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"no\.safetensors is damaged"):
+        load_diffusers(path, {"class_embedder": str(tmp_path / "no.safetensors")})
+    for key, value in (("encoder_hid_dim", 8), ("addition_embed_type", "text"), ("num_class_embeds", 9)):
+        before = (path / UNET).read_text()
+        changed(path / UNET, **{key: value})
+        with pytest.raises(InputError, match=f"{key} cannot be used together with cross-attention"):
+            load_diffusers(path, {"class_embedder": str(path / "class_embedder.pt")})
+        (path / UNET).write_text(before)
+
+
 def test_scaling_divides_the_guided_noise(folders: Any) -> None:
     model = load_diffusers(folders.pipeline(unet=folders.unet(num_class_embeds=6)), {"guidance_scale": 3.0})
     predict = scaled(lambda x, t: model(x, 400, LABELS), Schedule.uniform(1, 1.25))
@@ -167,7 +275,7 @@ def test_kl_latents_are_decoded_in_parts(
         wanted = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         assert model.pixels(LATENTS).shape == (3, 3, 8, 8)
         torch.testing.assert_close(model.pixels(LATENTS), wanted, rtol=0, atol=0)
-        monkeypatch.setattr("samplers.models.diffusers_folder._PIXELS_AT_ONCE", 128)
+        monkeypatch.setattr("samplers.models.diffusers_model._PIXELS_AT_ONCE", 128)
         torch.testing.assert_close(model.pixels(LATENTS), wanted, rtol=0, atol=1)
 
 
@@ -298,7 +406,6 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
     [
         (lambda p: shutil.rmtree(p), {}, "there is no folder .*downloads nothing"),
         (lambda p: shutil.rmtree(p / "unet"), {}, r"has no unet/config\.json, transformer/config\.json"),
-        (lambda p: changed(p / UNET, _class_name="UNet2DConditionModel"), {}, "needs text embeddings"),
         (lambda p: changed(p / UNET, _class_name="os.system"), {}, "'os.system' cannot be used"),
         (lambda p: changed(p / UNET, out_channels=5), {}, "5 channels come out of the network, and 3 go in"),
         (lambda p: changed(p / UNET, sample_size=None), {}, r"give model\.options\.sample_size"),
@@ -331,6 +438,10 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         ),
         (_missing, {}, r"the file lacks conv_in\.weight"),
         (_infinite, {}, "holds NaN or infinity"),
+        (lambda p: changed(p / UNET, block_out_channels="16"), {}, "unet cannot be loaded"),
+        (lambda p: changed(p / UNET, in_channels="3"), {}, "in_channels is '3', not a number"),
+        (lambda p: changed(p / UNET, sample_size=[8]), {}, r"sample_size \[8\] is no"),
+        (lambda p: None, {"class_embedder": "classes.pt"}, "attends to no context; leave the option out"),
         (lambda p: None, {"guidance_scale": 2.0}, "knows no classes"),
         (lambda p: None, {"sample_size": [8, 8]}, "leave it out"),
         (lambda p: None, {"guidance": 2.0}, "did you mean 'guidance_scale'"),
