@@ -182,7 +182,7 @@ def _shape(
         raise InputError(
             f"{place} leaves the size of images open; give model.options.sample_size: [height, width]"
         )
-    sides = [size, size] if isinstance(size, int) else [*size]
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise InputError(f"{place}: sample_size {size!r} is no height and width")
     height, width = sides
