@@ -335,7 +335,7 @@ def test_old_weights_are_read_without_executing_them(folders: Any, tmp_path: Pat
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"conv_in.weight": Attack()}, path / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.bin holds more than weights"):
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.bin .*getattr.*Nothing of it was run"):
         load_diffusers(path, {})
     assert not (tmp_path / "executed").exists()
 

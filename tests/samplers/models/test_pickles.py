@@ -144,7 +144,7 @@ def test_a_pickle_that_runs_a_command_elsewhere_runs_nothing_here(attack: str, t
         (b"I1\n.", "opcode INT"),
         (b"\x80\x02K\x01)R.", "calls a int with a tuple"),
         (b"\x80\x02cfractions\nFraction\nK\x01R.", "calls a Global with a int"),
-        (b"\x80\x02cfractions\nFraction\n)R)R.", "calls a Call with a tuple"),
+        (b"\x80\x02cfractions\nFraction\n)R)R.", "calls what fractions.Fraction returns"),
         (b"\x80\x04K\x01K\x02\x93.", "names a global by a int"),
         (b"\x80\x02]}b.", "gives a state to a list"),
         (b"\x80\x02cfractions\nFraction\n)R}b}b.", "gives a state to a Call"),
