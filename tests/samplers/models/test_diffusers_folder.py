@@ -18,7 +18,7 @@ from samplers.grids import training_betas
 from samplers.models.diffusers_folder import load_diffusers
 from samplers.models.load import load_model
 from samplers.prediction import Prediction
-from samplers.sampling import DDIM, Diffusers
+from samplers.sampling import DDIM, LDM, Diffusers
 from samplers.scaling import scaled
 from samplers.schedule import Schedule
 
@@ -109,6 +109,32 @@ def test_a_u_net_that_attends_to_its_class_takes_labels_guidance_and_no_class(fo
     same(model(guidance_scale=1.0)(X, 400, LABELS).eps, given)
     same(model(guidance_scale=3.0)(X, 400, LABELS).eps, without + 3 * (given - without), 2e-6)
     same(model(guidance_scale=0.0)(X, 400, LABELS).eps, without)
+
+
+def test_its_sampling_equals_ldm_s_loop_with_guidance_and_scaling_written_into_it(folders: Any) -> None:
+    network, path = attending(folders)
+    options = {"class_embedder": str(path / "class_embedder.pt"), "guidance_scale": 2.5}
+    model, sampling = load_diffusers(path, options), LDM("ldm_ddim", 5, eta=0.4)
+    schedule = Schedule.linear(5, 0.01, 0.98)
+    plan = sampling.plan(model)
+
+    def noise(t: int) -> Tensor:
+        return torch.randn(X.shape, generator=torch.Generator().manual_seed(t))
+
+    got = plan.run(lambda x, t: model(x, float(plan.times[t]), LABELS), schedule, X, noise, None)
+    timesteps = [1, 201, 401, 601, 801]
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    x = X
+    for t in reversed(range(5)):
+        now, then = abar[timesteps[t]], abar[timesteps[t - 1] if t else 0]
+        context = torch.cat([CLASSES[-1].expand(3, 16), CLASSES[LABELS]])[:, None]
+        with torch.no_grad():
+            without, given = network(torch.cat([x, x]), timesteps[t], context).sample.chunk(2)
+        eps = (without + 2.5 * (given - without)) / schedule.lambdas[t]
+        sigma = 0.4 * ((1 - then) / (1 - now) * (1 - now / then)) ** 0.5
+        x0 = (x - (1 - now) ** 0.5 * eps) / now**0.5
+        x = then**0.5 * x0 + (1 - then - sigma**2) ** 0.5 * eps + sigma * noise(t)
+    same(got, x, 1e-5)
 
 
 def test_the_embedding_of_classes_may_lie_anywhere_as_safetensors_and_counts_for_the_fingerprint(
