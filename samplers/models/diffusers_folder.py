@@ -118,7 +118,7 @@ class _Files:
         """The mapping in a JSON file."""
         try:
             content = json.loads(self.use(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is no JSON file: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f"{path} holds a {type(content).__name__}, where a configuration is needed")

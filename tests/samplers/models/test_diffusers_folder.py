@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,9 +204,15 @@ def test_networks_of_prompts_are_refused_with_the_way_for_classes(folders: Any, 
         load_diffusers(path, {})
     with pytest.raises(InputError, match=r"absent\.pt cannot be read"):
         load_diffusers(path, {"class_embedder": str(tmp_path / "absent.pt")})
-    (tmp_path / "no.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match=r"no\.safetensors is damaged"):
-        load_diffusers(path, {"class_embedder": str(tmp_path / "no.safetensors")})
+    claims = json.dumps({"weight": {"dtype": "F32", "shape": [2**40, 16], "data_offsets": [0, 2**46]}})
+    for content in (
+        b"no",
+        struct.pack("<Q", 2**62),
+        struct.pack("<Q", len(claims)) + claims.encode() + b"0000",
+    ):
+        (tmp_path / "no.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=r"no\.safetensors is damaged"):
+            load_diffusers(path, {"class_embedder": str(tmp_path / "no.safetensors")})
     for key, value in (("encoder_hid_dim", 8), ("addition_embed_type", "text"), ("num_class_embeds", 9)):
         before = (path / UNET).read_text()
         changed(path / UNET, **{key: value})
@@ -445,6 +452,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (lambda p: changed(p / UNET, block_out_channels=[16, 64]), {}, "unet cannot be loaded"),
         (lambda p: (p / UNET).write_text("{"), {}, "is no JSON file"),
         (lambda p: (p / UNET).write_text("[]"), {}, "holds a list"),
+        (lambda p: (p / UNET).write_text("[" * 100_000), {}, "is no JSON file"),
         (lambda p: changed(p / SCHEDULER, prediction_type="flow"), {}, "prediction_type 'flow'"),
         (
             lambda p: changed(p / SCHEDULER, _class_name="ScoreSdeVeScheduler"),

@@ -90,6 +90,29 @@ ATTACKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda cmd: b"\x80\x04" + _text("os") + _text("system") + b"\x93" + cmd + b"\x85R.",
         "asks for os.system",
     ),
+    "stack global of remembered names": (
+        lambda cmd: (
+            b"\x80\x04" + _text("os") + b"\x94" + _text("system") + b"\x94h\x00h\x01\x93" + cmd + b"\x85R."
+        ),
+        "asks for os.system",
+    ),
+    "names that replace others in the memo": (
+        lambda cmd: (
+            b"\x80\x04"
+            + _text("collections")
+            + b"q\x00"
+            + _text("OrderedDict")
+            + b"q\x01\x93)R"
+            + _text("os")
+            + b"q\x00"
+            + _text("system")
+            + b"q\x01"
+            + b"h\x00h\x01\x93"
+            + cmd
+            + b"\x85R."
+        ),
+        "asks for os.system",
+    ),
     "dotted stack global": (
         lambda cmd: b"\x80\x04" + _text("pathlib") + _text("os.system") + b"\x93" + cmd + b"\x85R.",
         "asks for pathlib.os.system",
