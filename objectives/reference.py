@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # 8 bits a channel, or fewer
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-_LARGEST = 1 << 28  # bytes of one encoded image: an archive must not fill the memory
+_LARGEST = 1 << 28  # bytes of one encoded image or statistic: an archive must not fill the memory
 _BATCH = 500
 
 _ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
@@ -426,6 +426,9 @@ def _array(path: Path, arrays: np.lib.npyio.NpzFile, key: str) -> NDArray[np.gen
 
 
 def _real(path: Path, arrays: np.lib.npyio.NpzFile, key: str) -> NDArray[np.float64]:
+    assert arrays.zip is not None, "the archive is open"
+    if (size := arrays.zip.getinfo(f"{key}.npy").file_size) > _LARGEST:  # zeros pack to nearly nothing
+        raise InputError(f"{path}: {key} has {size} bytes, more than the {_LARGEST} allowed for statistics")
     array = _array(path, arrays, key)
     if array.dtype.kind != "f":
         raise InputError(f"{path}: {key} is {array.dtype}; statistics have to be floating")

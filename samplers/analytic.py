@@ -26,8 +26,9 @@ from torch import Tensor
 from samplers import noise as numbers
 from samplers.errors import InputError, NonFiniteError
 from samplers.grids import Floats
+from samplers.models.weights import check_stream, opened
 from samplers.prediction import Predict
-from samplers.solvers import Noise
+from samplers.solvers import Noise, check_eta
 
 Spacing = Literal["linear", "quad_ddim"]
 Variance = Literal["analytic", "fixed_small", "fixed_large"]
@@ -152,7 +153,8 @@ def ddim_variance(grid: AnalyticGrid, eta: float, ms_eps: Statistics | None = No
 
     Raises InputError unless 0 <= eta <= 1, and for Γ that does not fit the grid.
     """
-    variance = _checked_eta(eta) ** 2 * grid.posterior_variance
+    check_eta(eta)
+    variance = eta**2 * grid.posterior_variance
     if ms_eps is not None:
         weight = np.sqrt(grid.abar_prev) - _direction(grid, eta) * np.sqrt(grid.abar / (1 - grid.abar))
         variance = variance + weight**2 * _image_variance(grid, ms_eps)
@@ -195,12 +197,6 @@ def _direction(grid: AnalyticGrid, eta: float) -> Floats:
     return np.asarray(np.sqrt(np.maximum(1 - grid.abar_prev - eta**2 * grid.posterior_variance, 0.0)))
 
 
-def _checked_eta(eta: float) -> float:
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must lie between 0 (DDIM) and 1 (ancestral), not {eta}")
-    return eta
-
-
 # --- solvers ------------------------------------------------------------------------------------------------
 
 
@@ -239,9 +235,10 @@ def ddim(
 
     Raises InputError unless 0 <= eta <= 1.
     """
+    check_eta(eta)
     root, ratio = np.sqrt(1 / grid.abar).tolist(), np.sqrt(1 / grid.abar - 1).tolist()
     weight_x0 = np.sqrt(grid.abar_prev).tolist()
-    weight_eps = _direction(grid, _checked_eta(eta)).tolist()
+    weight_eps = _direction(grid, eta).tolist()
     deviation = np.sqrt(variance).tolist()
     for t in reversed(range(grid.nfe)):
         eps = predict(x, t).eps
@@ -259,6 +256,7 @@ def ddim(
 # images and fewer steps need more of them. The official code takes all of the training data.
 MS_EPS_IMAGES = 1_000
 
+_LARGEST = 1 << 24  # bytes of an array of Γ, which are 4 per timestep
 _MS_EPS_DRAW = 1 << 31  # + n: the noise of level n, far from the draws of sampling
 
 
@@ -385,9 +383,15 @@ def read_ms_eps(path: Path, levels: int) -> Statistics:
 
 def _archived(path: Path, key: str) -> NDArray[np.generic]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with opened(path) as file, np.load(file, allow_pickle=False) as archive:
+            if (
+                archive.zip.getinfo(f"{key}.npy").file_size > _LARGEST
+            ):  # a small file can hold any number of zeros
+                raise InputError(f"{path}: {key} has more bytes than the {_LARGEST} allowed")
             array: NDArray[np.generic] = archive[key]
             return array
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged archive can raise anything
@@ -404,14 +408,14 @@ def _pickled(path: Path) -> NDArray[np.generic]:
         type(np.dtype(np.float32)),
         type(np.dtype(np.float64)),
     ]
+    expected = "ms_eps file written by torch.save"
     try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        with file, warnings.catch_warnings(), torch.serialization.safe_globals(admitted):
+        with opened(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(admitted):
             warnings.simplefilter("ignore")  # about odd files, which are refused anyhow
+            check_stream(file, str(path), expected)
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle or archive can raise anything, OSError too
         asked = re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error))
         if asked:
@@ -419,9 +423,7 @@ def _pickled(path: Path) -> NDArray[np.generic]:
                 f"{path} holds more than an array: it asks for {asked[1]}. Nothing of it was run. "
                 "An ms_eps file is one float32 NumPy array in a torch.save file, or an .npz"
             ) from None
-        raise InputError(
-            f"{path} is damaged, or no ms_eps file written by torch.save ({type(error).__name__})"
-        ) from error
+        raise InputError(f"{path} is damaged, or no {expected} ({type(error).__name__})") from error
     if type(content) is not np.ndarray:
         raise InputError(f"{path} holds a {type(content).__name__}, where a NumPy array (ms_eps) is needed")
     return content

@@ -30,6 +30,29 @@ IDDPM_RATIO, IDDPM_OFFSET, IDDPM_LEVELS = 0.001, 0.008, 1000
 # --- discrete timesteps -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Timesteps:
+    """The visited timesteps of a discrete-time network, whatever else a solver's grid holds.
+
+    timestep: int64 [nfe], indexed by evaluation t; ascending, so t = 0 is the cleanest.
+    """
+
+    timestep: NDArray[np.int64]
+
+    @property
+    def nfe(self) -> int:
+        """The number of network evaluations."""
+        return self.timestep.size
+
+    @property
+    def times(self) -> Floats:
+        """What the network is told at evaluation t: the original timestep, float64 [nfe].
+
+        A network trained on rescaled timesteps has them rescaled by its adapter.
+        """
+        return self.timestep.astype(np.float64)
+
+
 def training_betas(name: str, steps: int) -> Floats:
     """The noise variances β of training, float64 [steps], as guided-diffusion makes them.
 
@@ -113,15 +136,13 @@ def _strided(count: int, steps: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DiscreteGrid:
+class DiscreteGrid(Timesteps):
     """The diffusion process restricted to the visited timesteps. Arrays are [nfe], indexed by evaluation t.
 
-    timestep: int64, the original index of evaluation t; ascending, so t = 0 is the cleanest.
     beta: variance added between two visited timesteps, 0 < β < 1. abar: Π(1 - β), the signal's share of the
     variance. abar_prev: abar of evaluation t - 1, and 1 at t = 0. All float64.
     """
 
-    timestep: NDArray[np.int64]
     beta: Floats
     abar: Floats = field(init=False)
     abar_prev: Floats = field(init=False)
@@ -135,19 +156,6 @@ class DiscreteGrid:
         object.__setattr__(self, "abar_prev", np.append(1.0, abar[:-1]))
         for array in (self.timestep, self.beta, self.abar, self.abar_prev):
             array.setflags(write=False)
-
-    @property
-    def nfe(self) -> int:
-        """The number of network evaluations."""
-        return self.timestep.size
-
-    @property
-    def times(self) -> Floats:
-        """What the network is told at evaluation t: the original timestep, float64 [nfe].
-
-        A network trained on rescaled timesteps has them rescaled by its adapter.
-        """
-        return self.timestep.astype(np.float64)
 
     @property
     def posterior_variance(self) -> Floats:
@@ -187,12 +195,13 @@ class Churn:
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.amount < math.inf and 0 <= self.noise < math.inf):
-            raise InputError(
-                f"S_churn and S_noise must be finite and at least 0, not {self.amount}, {self.noise}"
-            )
+        for name, value in (("S_churn", self.amount), ("S_noise", self.noise)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} must be finite and at least 0, not {value}")
         if not 0 <= self.s_min <= self.s_max:
-            raise InputError(f"churn needs 0 <= S_min <= S_max, not {self.s_min}, {self.s_max}")
+            raise InputError(
+                f"S_min and S_max must satisfy 0 <= S_min <= S_max, not {self.s_min}, {self.s_max}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from samplers.errors import InputError
-from samplers.grids import Floats
+from samplers.grids import Floats, Timesteps
 from samplers.prediction import Predict, Prediction
-from samplers.solvers import Noise
+from samplers.solvers import Noise, check_eta
 
 
 def latent_betas(linear_start: float, linear_end: float, steps: int = 1000) -> Floats:
@@ -34,14 +33,13 @@ def latent_betas(linear_start: float, linear_end: float, steps: int = 1000) -> F
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LatentGrid:
-    """The visited timesteps. Arrays are [nfe], indexed by evaluation t, and read-only.
+class LatentGrid(Timesteps):
+    """The visited timesteps, from 1 on. Arrays are [nfe], indexed by evaluation t, and read-only.
 
-    timestep: int64, what the network is told; ascending from 1, so t = 0 is the cleanest. abar: Π(1 - β) there.
-    abar_prev: that of evaluation t - 1; at t = 0 that of timestep 0, not 1: sampling ends with a trace of noise.
+    abar: Π(1 - β) at the timestep. abar_prev: that of evaluation t - 1; at t = 0 that of timestep 0, not 1: sampling
+    ends with a trace of noise.
     """
 
-    timestep: NDArray[np.int64]
     abar: Floats
     abar_prev: Floats
     spread: Floats = field(init=False)
@@ -53,16 +51,6 @@ class LatentGrid:
         object.__setattr__(self, "spread", np.sqrt(share))
         for array in (self.timestep, self.abar, self.abar_prev, self.spread):
             array.setflags(write=False)
-
-    @property
-    def nfe(self) -> int:
-        """The number of network evaluations."""
-        return self.timestep.size
-
-    @property
-    def times(self) -> Floats:
-        """What the network is told at evaluation t: the timestep, float64 [nfe]."""
-        return self.timestep.astype(np.float64)
 
 
 def latent_grid(betas: Floats, steps: int) -> LatentGrid:
@@ -110,10 +98,8 @@ def ddim(
 
     Raises InputError unless 0 <= eta <= 1 and temperature is finite and >= 0.
     """
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must lie between 0 (deterministic) and 1 (ancestral), not {eta}")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature must be finite and at least 0, not {temperature}")
+    check_eta(eta)
+    check_temperature(temperature)
     root, ratio = np.sqrt(1 / grid.abar).tolist(), np.sqrt(1 - grid.abar).tolist()
     weight_x0 = np.sqrt(grid.abar_prev).tolist()
     sigma = eta * grid.spread
@@ -126,6 +112,12 @@ def ddim(
         if deviation[t] > 0:
             x = x + deviation[t] * noise(t)
     return x
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises InputError unless it is finite and at least 0."""
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature must be finite and at least 0, not {temperature}")
 
 
 def classifier_free(predict: Predict, scale: float) -> Predict:

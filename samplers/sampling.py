@@ -5,6 +5,7 @@ the job file, entered in `Solver`. This is where solvers, guidance and epsilon s
 knows the others.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,12 +102,15 @@ class DDIM:
 
     solver: Literal["ddim"]
     nfe: int
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    eta: float = 0.0
     respacing: str | None = None
     clip: bool = True
 
     state_dtype: ClassVar[torch.dtype] = torch.float32
     __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def __post_init__(self) -> None:
+        solvers.check_eta(self.eta)
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
@@ -136,10 +140,10 @@ class EDM:
 
     solver: Literal["euler", "heun"]
     nfe: int
-    S_churn: Annotated[float, Field(ge=0)] = 0.0
-    S_min: Annotated[float, Field(ge=0)] = 0.0
-    S_max: Annotated[float, Field(ge=0)] | None = None
-    S_noise: Annotated[float, Field(ge=0)] = 1.0
+    S_churn: float = 0.0
+    S_min: float = 0.0
+    S_max: float | None = None
+    S_noise: float = 1.0
     discretization: Discretization = "edm"
     schedule: TimeSchedule = "linear"
     scaling: Scaling = "none"
@@ -153,6 +157,13 @@ class EDM:
 
     def __post_init__(self) -> None:
         step_count(self.nfe, self.solver)  # an even NFE of Heun is known to be wrong without any network
+        _ = self._churn
+
+    @property
+    def _churn(self) -> Churn:
+        """Raises InputError for values out of range."""
+        most = math.inf if self.S_max is None else self.S_max
+        return Churn(self.S_churn, self.S_min, most, self.S_noise)
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
@@ -160,9 +171,6 @@ class EDM:
             raise InputError(f"sampling.solver: {self.solver} needs a sigma-based network; use ddpm or ddim")
         if model.prior is not None and self.scaling != "none":
             raise InputError("sampling.scaling: this network starts from a prior of its own; use none")
-        churn = Churn(
-            self.S_churn, self.S_min, float("inf") if self.S_max is None else self.S_max, self.S_noise
-        )
         grid = sigma_grid(
             self.nfe,
             method=self.solver,
@@ -172,7 +180,7 @@ class EDM:
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max,
             rho=self.rho,
-            churn=churn,
+            churn=self._churn,
             limits=model.sigma_range,
             round_sigma=model.round_sigma,
         )
@@ -191,20 +199,18 @@ class EDM:
 
 
 @dataclass(frozen=True, slots=True)
-class AnalyticDDPM:
-    """Ancestral sampling as Analytic-DPM's code has it; one evaluation per step. λ does not touch Γ (ms_eps).
+class Analytic:
+    """What the two samplers of Analytic-DPM have in common; λ does not touch Γ (ms_eps).
 
     variance: "analytic" needs Γ: `ms_eps` is its file (an official .pth or one of ours), else Γ is estimated from
-    `ms_eps_images` images of the dataset. clip: clamp x0 to [-1, 1]; it can be left out with the fixed variances only.
-    clip_sigma_idx, clip_pixel: see `analytic.clipped`. shift1: the network counts timesteps from 0; false for those
-    that Analytic-DPM's own code trained.
+    `ms_eps_images` images of the dataset. clip_sigma_idx, clip_pixel: see `analytic.clipped`. shift1: the network
+    counts timesteps from 0; false for those that Analytic-DPM's own code trained.
     """
 
-    solver: Literal["analytic_ddpm"]
+    solver: str
     nfe: int
-    variance: analytic.Variance = "analytic"
+    variance: str = "analytic"
     spacing: analytic.Spacing = "linear"
-    clip: bool = True
     clip_sigma_idx: Annotated[int, Field(ge=0)] = 0
     clip_pixel: Annotated[float, Field(ge=0)] = 2.0
     shift1: bool = True
@@ -213,10 +219,6 @@ class AnalyticDDPM:
 
     state_dtype: ClassVar[torch.dtype] = torch.float32
     __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
-
-    def __post_init__(self) -> None:
-        if self.variance == "analytic" and not self.clip:
-            raise InputError("clip: false needs variance fixed_small or fixed_large")
 
     @property
     def lacks_ms_eps(self) -> bool:
@@ -227,15 +229,57 @@ class AnalyticDDPM:
         """The same sampling with the file of Γ."""
         return replace(self, ms_eps=str(file))
 
+    def _grid(self, model: Model) -> analytic.AnalyticGrid:
+        betas = _betas(model, self.solver)
+        _require_no_classifier(model, self.solver)
+        if model.shape != model.image_shape:
+            raise InputError(
+                f"sampling.solver: {self.solver} clamps what it samples to [-1, 1], which holds for images and not "
+                "for the latents of this network; use ldm_ddim"
+            )
+        try:
+            return analytic.analytic_grid(betas, self.nfe, spacing=self.spacing, shift1=self.shift1)
+        except InputError as error:
+            raise InputError(f"sampling.nfe: {error}") from None
+
+    def _statistics(self, grid: analytic.AnalyticGrid) -> analytic.Statistics | None:
+        if self.variance != "analytic" or self.ms_eps is None:
+            return None
+        try:
+            return analytic.read_ms_eps(Path(self.ms_eps), grid.levels)
+        except InputError as error:
+            raise InputError(f"sampling.ms_eps: {error}") from None
+
+    def _clipped(self, variance: Floats, grid: analytic.AnalyticGrid) -> Floats:
+        try:
+            return analytic.clipped(
+                variance, grid, clip_sigma_idx=self.clip_sigma_idx, clip_pixel=self.clip_pixel
+            )
+        except InputError as error:
+            raise InputError(f"sampling.{error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class AnalyticDDPM(Analytic):
+    """Ancestral sampling as Analytic-DPM's code has it; one evaluation per step.
+
+    clip: clamp x0 to [-1, 1]; it can be left out with the fixed variances only.
+    """
+
+    solver: Literal["analytic_ddpm"]
+    variance: analytic.Variance = "analytic"
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.variance == "analytic" and not self.clip:
+            raise InputError("clip: false needs variance fixed_small or fixed_large")
+
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network, the NFE or Γ does not fit. Γ may be missing until `run`."""
-        grid = _analytic(model, self.solver, self.nfe, self.spacing, self.shift1)
+        grid = self._grid(model)
         # Without Γ the rest is checked all the same, before an hour goes into the estimate.
         kind = "fixed_small" if self.lacks_ms_eps else self.variance
-        ms_eps = _statistics(self.ms_eps, grid) if kind == "analytic" else None
-        variance = _clipped(
-            analytic.ddpm_variance(grid, kind, ms_eps), grid, self.clip_sigma_idx, self.clip_pixel
-        )
+        variance = self._clipped(analytic.ddpm_variance(grid, kind, self._statistics(grid)), grid)
 
         def run(
             net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
@@ -247,46 +291,26 @@ class AnalyticDDPM:
 
 
 @dataclass(frozen=True, slots=True)
-class AnalyticDDIM:
-    """DDIM as Analytic-DPM's code has it; see `AnalyticDDPM`. Not deterministic for η = 0 either: Γ adds variance.
+class AnalyticDDIM(Analytic):
+    """DDIM as Analytic-DPM's code has it. Not deterministic for η = 0 either: Γ adds variance.
 
     variance "ddim": η alone decides, Γ is not needed, and no step is clipped.
     """
 
     solver: Literal["analytic_ddim"]
-    nfe: int
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     variance: Literal["analytic", "ddim"] = "analytic"
-    spacing: analytic.Spacing = "linear"
-    clip_sigma_idx: Annotated[int, Field(ge=0)] = 0
     clip_pixel: Annotated[float, Field(ge=0)] = 1.0
-    shift1: bool = True
-    ms_eps: str | None = None
-    ms_eps_images: Annotated[int, Field(ge=1)] = analytic.MS_EPS_IMAGES
-
-    state_dtype: ClassVar[torch.dtype] = torch.float32
-    __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
+        solvers.check_eta(self.eta)
         if self.variance == "ddim" and self.clip_sigma_idx:
             raise InputError("clip_sigma_idx needs variance analytic")
 
-    @property
-    def lacks_ms_eps(self) -> bool:
-        """See `AnalyticDDPM`."""
-        return self.variance == "analytic" and self.ms_eps is None
-
-    def with_ms_eps(self, file: Path) -> Self:
-        """See `AnalyticDDPM`."""
-        return replace(self, ms_eps=str(file))
-
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network, the NFE or Γ does not fit. Γ may be missing until `run`."""
-        grid = _analytic(model, self.solver, self.nfe, self.spacing, self.shift1)
-        ms_eps = _statistics(self.ms_eps, grid) if self.variance == "analytic" else None
-        variance = _clipped(
-            analytic.ddim_variance(grid, self.eta, ms_eps), grid, self.clip_sigma_idx, self.clip_pixel
-        )
+        grid = self._grid(model)
+        variance = self._clipped(analytic.ddim_variance(grid, self.eta, self._statistics(grid)), grid)
 
         def run(
             net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
@@ -308,12 +332,16 @@ class LDM:
 
     solver: Literal["ldm_ddim"]
     nfe: int
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    eta: float = 0.0
+    temperature: float = 1.0
     ddim_steps: Annotated[int, Field(ge=1)] | None = None
 
     state_dtype: ClassVar[torch.dtype] = torch.float32
     __pydantic_config__: ClassVar[ConfigDict] = _CLOSED
+
+    def __post_init__(self) -> None:
+        solvers.check_eta(self.eta)
+        ldm.check_temperature(self.temperature)
 
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
@@ -411,38 +439,6 @@ def _betas(model: Model, solver: str) -> Floats:
 def _require_no_classifier(model: Model, solver: str) -> None:
     if model.gradient is not None:
         raise InputError(f"sampling.solver: {solver} takes no guidance by a classifier; use ddpm or ddim")
-
-
-def _analytic(
-    model: Model, solver: str, nfe: int, spacing: analytic.Spacing, shift1: bool
-) -> analytic.AnalyticGrid:
-    betas = _betas(model, solver)
-    _require_no_classifier(model, solver)
-    if model.shape != model.image_shape:
-        raise InputError(
-            f"sampling.solver: {solver} clamps what it samples to [-1, 1], which holds for images and not for "
-            "the latents of this network; use ldm_ddim"
-        )
-    try:
-        return analytic.analytic_grid(betas, nfe, spacing=spacing, shift1=shift1)
-    except InputError as error:
-        raise InputError(f"sampling.nfe: {error}") from None
-
-
-def _statistics(file: str | None, grid: analytic.AnalyticGrid) -> analytic.Statistics | None:
-    if file is None:
-        return None
-    try:
-        return analytic.read_ms_eps(Path(file), grid.levels)
-    except InputError as error:
-        raise InputError(f"sampling.ms_eps: {error}") from None
-
-
-def _clipped(variance: Floats, grid: analytic.AnalyticGrid, index: int, pixel: float) -> Floats:
-    try:
-        return analytic.clipped(variance, grid, clip_sigma_idx=index, clip_pixel=pixel)
-    except InputError as error:
-        raise InputError(f"sampling.{error}") from None
 
 
 def _discrete(model: Model, solver: str, nfe: int, respacing: str) -> DiscreteGrid:

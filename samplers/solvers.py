@@ -117,8 +117,7 @@ def ddim(
 
     Raises InputError unless 0 <= eta <= 1.
     """
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must lie between 0 (deterministic) and 1 (ancestral), not {eta}")
+    check_eta(eta)
     root = np.sqrt(1 / grid.abar).tolist()
     ratio = np.sqrt(1 / grid.abar - 1).tolist()
     share = (1 - grid.abar_prev) / (1 - grid.abar) * (1 - grid.abar / grid.abar_prev)
@@ -134,6 +133,12 @@ def ddim(
         if sigma[t] > 0:
             x = x + sigma[t] * noise(t)
     return x
+
+
+def check_eta(eta: float) -> None:
+    """Raises InputError unless 0 <= eta <= 1; for every DDIM, also those of other modules."""
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must lie between 0 (deterministic) and 1 (ancestral), not {eta}")
 
 
 @torch.no_grad()

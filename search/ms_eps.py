@@ -15,7 +15,7 @@ from samplers.analytic import MsEpsSource, Statistics, cached_ms_eps, read_ms_ep
 from samplers.errors import InputError
 from samplers.generate import measure_ms_eps
 from samplers.models.protocol import Model
-from samplers.sampling import AnalyticDDIM, AnalyticDDPM, Solver
+from samplers.sampling import Analytic, Solver
 from search.spec import JobSpec
 
 _SEED = 0  # Γ belongs to a network and its data: searches with other seeds share it
@@ -48,7 +48,7 @@ def _complete(
     device: torch.device,
     progress: Callable[[int, int], None] | None,
 ) -> Complete:
-    if not isinstance(sampling, AnalyticDDPM | AnalyticDDIM):
+    if not isinstance(sampling, Analytic):
         return Complete(sampling)
     assert model.betas is not None, "the plan was checked"
     levels = len(model.betas)
@@ -96,13 +96,13 @@ def _complete(
     return Complete(sampling.with_ms_eps(file), hashlib.sha256(made_from.text.encode()).hexdigest())
 
 
-def _images(spec: JobSpec, sampling: AnalyticDDPM | AnalyticDDIM) -> Path:
+def _images(spec: JobSpec, sampling: Analytic) -> Path:
     if spec.dataset.images is None and spec.dataset.reference == DIGITS:
         raise InputError(f"dataset.reference: {DIGITS!r} is statistics. {_needs_images(sampling)}")
     return Path(spec.dataset.images or spec.dataset.reference)
 
 
-def _needs_images(sampling: AnalyticDDPM | AnalyticDDIM) -> str:
+def _needs_images(sampling: Analytic) -> str:
     return (
         f"{sampling.solver} estimates Γ from images: name a folder, an archive or an .npz of them as dataset.images, "
         "or give the file of Γ as sampling.ms_eps"

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from samplers.errors import InputError
-from samplers.sampling import SOLVERS, AnalyticDDIM, AnalyticDDPM, Sampling
+from samplers.sampling import SOLVERS, Analytic, Sampling
 
 DEFAULT_RUNGS = (1000, 2500, 5000)
 
@@ -179,9 +179,7 @@ def _resolve(spec: JobSpec, folder: Path) -> JobSpec:
         data["images"] = absolute(spec.dataset.images)
     update: dict[str, Any] = {"dataset": spec.dataset.model_copy(update=data)}
     update["sampling"] = tuple(
-        s.with_ms_eps(Path(absolute(s.ms_eps)))
-        if isinstance(s, AnalyticDDPM | AnalyticDDIM) and s.ms_eps is not None
-        else s
+        s.with_ms_eps(Path(absolute(s.ms_eps))) if isinstance(s, Analytic) and s.ms_eps is not None else s
         for s in spec.sampling
     )
     if isinstance(spec.features, dict):

@@ -311,6 +311,29 @@ class DiffusersFolders:
         ).eval()
 
     @staticmethod
+    def conditional(seed: int = 0, **settings: Any) -> Any:
+        """A UNet2DConditionModel for 8×8 latents of three channels that attends to a context of width 16."""
+        import diffusers
+        import torch
+
+        torch.manual_seed(seed)
+        return diffusers.UNet2DConditionModel(
+            **{
+                "sample_size": 8,
+                "in_channels": 3,
+                "out_channels": 3,
+                "layers_per_block": 1,
+                "block_out_channels": (16, 32),
+                "norm_num_groups": 8,
+                "attention_head_dim": 8,
+                "cross_attention_dim": 16,
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            }
+            | settings
+        ).eval()
+
+    @staticmethod
     def dit(seed: int = 0, **settings: Any) -> Any:
         """A DiTTransformer2DModel with learned variance for 4×4 latents of four channels."""
         import diffusers

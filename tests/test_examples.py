@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from samplers.models.ideal import load_ideal
 from samplers.models.load import FORMATS, load_model
@@ -53,15 +54,20 @@ def test_an_example_is_a_job_for_a_snapshot_of_its_kind(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library, about numpy
-@pytest.mark.parametrize("name", ["ddpm-diffusers", "ldm-diffusers", "dit-diffusers"])
+@pytest.mark.parametrize(
+    "name", ["ddpm-diffusers", "ldm-diffusers", "ldm-imagenet-diffusers", "dit-diffusers"]
+)
 def test_an_example_is_a_job_for_a_folder_of_its_kind(folders: Any, name: str) -> None:
     parts = {
         "ddpm-diffusers": lambda: {"unet": folders.unet()},
         "ldm-diffusers": lambda: {"unet": folders.unet(), "vqvae": folders.vq()},
+        "ldm-imagenet-diffusers": lambda: {"unet": folders.conditional(), "vqvae": folders.vq()},
         "dit-diffusers": lambda: {"transformer": folders.dit(), "vae": folders.kl()},
     }
     spec = load(EXAMPLES / f"{name}.yaml")
     folders.pipeline(**parts[name]())
+    if file := spec.model.options.get("class_embedder"):
+        torch.save({"embedding.weight": torch.zeros(1001, 16)}, folders.root.parent / file)
     model = load_model(spec.model.format, folders.root.name, spec.model.options, folders.root.parent)
     for sampling in spec.sampling:
         assert sampling.plan(model).times.size == sampling.nfe

@@ -1,38 +1,35 @@
 """Adapter `diffusers`: a folder of the diffusers library, as its `save_pretrained` writes it.
 
 Reads local files only, weights as safetensors (or `.bin` through torch's weights-only loader) and no code. The
-networks are the library's own, an optional dependency. Knows nothing of solvers, and of λ only where it acts: on what
-a call returns, which is the guided noise.
+networks are the library's own, an optional dependency; what is made of them is `diffusers_model`'s matter. Knows
+nothing of solvers.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from samplers.diffusers_schedulers import config_betas, full_config, library
 from samplers.errors import InputError
-from samplers.ldm import classifier_free
+from samplers.models.diffusers_model import Answer, ClassContext, Decoder, DiffusersModel
 from samplers.models.options import parse_options
 from samplers.models.process import Process
 from samplers.models.protocol import Variance
-from samplers.models.weights import digest, read_state_dict
-from samplers.prediction import Prediction, to_epsilon
+from samplers.models.weights import digest, read_state_dict, usable
 
 _Size = Annotated[int, Field(gt=0)]
-Answer = Literal["epsilon", "x0", "v"]
 _ANSWERS: Mapping[str, Answer] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PIXELS_AT_ONCE = 2**21  # what the decoder makes in one call: 32 images of 256×256
+_NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -40,131 +37,32 @@ class DiffusersOptions:
     """What a folder does not say.
 
     guidance_scale: classifier-free guidance g of a class-conditional network, eps_u + g·(eps_c - eps_u); None: none.
-    The unconditional half gets the last row of the label embedding. num_classes: labels are drawn from 0 to this
-    minus 1; default all rows that stand for classes. sample_size: height and width of the state, where the network's
+    The unconditional half gets the last row of the label embedding, and with 0 all images do. num_classes: labels are
+    drawn from 0 to this minus 1; default all rows, with guidance all but the last. class_embedder: for a
+    UNet2DConditionModel that attends to its class (LDM on ImageNet), the file of the embedding that makes a label the
+    context, LDM's ClassEmbedder: safetensors or torch.save of a state dict with that one tensor [rows, width];
+    folders of the library have no place for it. sample_size: height and width of the state, where the network's
     config.json leaves it open. scheduler: overrides keys of scheduler_config.json, or stands for a missing one.
     """
 
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     num_classes: _Size | None = None
+    class_embedder: str | None = None
     sample_size: tuple[_Size, _Size] | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
 
 
-class DiffusersModel:
-    """A denoiser of the library as a `Model`; see there. It runs in float32 unless autocast says otherwise.
-
-    guidance: its scale, and the label that stands for no class. decoder: from latents to images in [-1, 1], in float32.
-    """
-
-    time: Literal["discrete"] = "discrete"
-    gradient: None = None
-    prior: None = None
-    round_sigma: None = None
-    sigma_range: None = None
-
-    def __init__(
-        self,
-        network: nn.Module,
-        process: Process,
-        *,
-        shape: tuple[int, int, int],
-        answers: Answer,
-        variance: Variance,
-        num_classes: int | None,
-        guidance: tuple[float, int] | None,
-        decoder: "Decoder | None",
-        scheduler_config: Mapping[str, Any],
-        fingerprint: str,
-    ) -> None:
-        self.network = network
-        self.process = process
-        self.shape = shape
-        self.answers = answers
-        self.variance = variance
-        self.learned_range = variance == "learned_range"
-        self.num_classes = num_classes
-        self.decoder = decoder
-        self.scheduler_config = scheduler_config
-        self.fingerprint = fingerprint
-        self._guidance = guidance
-
-    @property
-    def betas(self) -> NDArray[np.float64]:
-        """See `Model`."""
-        assert self.process.betas is not None
-        return self.process.betas
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """See `Model`."""
-        return self.shape if self.decoder is None else self.decoder.image_shape(self.shape)
-
-    def to(self, device: torch.device) -> Self:
-        """See `Model`."""
-        self.network.to(device)
-        if self.decoder is not None:
-            self.decoder.network.to(device)
-        return self
-
-    def __call__(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
-        """See `Model`. With guidance the network sees the batch twice, and v is that of the conditional half."""
-        if self._guidance is None:
-            return self._predict(x, time, labels)
-        assert labels is not None
-        scale, null = self._guidance
-        both = torch.cat([torch.full_like(labels, null), labels])
-        return classifier_free(lambda twice, _: self._predict(twice, time, both), scale)(x, 0)
-
-    def _predict(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
-        times = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
-        given = {} if self.num_classes is None else {"class_labels": labels}
-        output = self.network(x.float(), times, return_dict=False, **given)[0].to(x.dtype)
-        first, v = output.chunk(2, dim=1) if self.learned_range else (output, None)
-        return Prediction(to_epsilon(self.answers, first, x, *self.level(time)), v)
-
-    def level(self, time: float) -> tuple[float, float]:
-        """See `Converting`."""
-        return self.process.coefficients(time)
-
-    def pixels(self, x: Tensor) -> Tensor:
-        """See `Model`: decoded where x is a latent; then as the library's pipelines, 255·clamp(x/2 + 1/2, 0, 1) rounded
-        to the nearest integer, halves to even (ADM and EDM drop the fraction)."""
-        image = x.float() if self.decoder is None else self.decoder(x.float())
-        return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-class Decoder:
-    """The second half of a VQModel or AutoencoderKL."""
-
-    def __init__(self, network: Any) -> None:
-        self.network = network
-        self._scale: float = network.config.scaling_factor
-        self._shift: float = network.config.get("shift_factor") or 0.0
-
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """C, H, W of the image of a latent of that shape."""
-        factor = 2 ** (len(self.network.config.block_out_channels) - 1)
-        return self.network.config.out_channels, shape[1] * factor, shape[2] * factor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Latents float32 [B, C, h, w], as they were sampled → images [B, C, H, W], a few at a time."""
-        _, height, width = self.image_shape((1, *x.shape[-2:]))
-        size = max(1, _PIXELS_AT_ONCE // (height * width))
-        parts = (x[i : i + size] / self._scale + self._shift for i in range(0, len(x), size))
-        return torch.cat([self.network.decode(part, return_dict=False)[0] for part in parts])
-
-
-def load_diffusers(path: Path, options: Mapping[str, object]) -> DiffusersModel:
-    """The network of a folder, on the CPU.
+def load_diffusers(path: Path, options: Mapping[str, object], folder: Path = Path()) -> DiffusersModel:
+    """The network of a folder, on the CPU. A relative class_embedder starts in `folder`.
 
     path: a pipeline's folder (`unet` or `transformer`, `scheduler`, and `vqvae` or `vae` where the network works on
     latents), or that of a network alone, with its scheduler_config.json beside config.json or in the options. Nothing
     is downloaded.
 
-    Raises InputError where diffusers is missing, and, naming file or key, for other networks than UNet2DModel and
-    DiTTransformer2DModel, other decoders than VQModel and AutoencoderKL, schedulers that do not describe a
-    discrete-time process, weights that do not fit, and options that do not.
+    Raises InputError where diffusers is missing, and, naming file or key, for other networks than UNet2DModel,
+    UNet2DConditionModel (without cross-attention, or attending to an embedded class) and DiTTransformer2DModel, other
+    decoders than VQModel and AutoencoderKL, schedulers that do not describe a discrete-time process, weights that do
+    not fit, and options that do not.
     """
     chosen = parse_options(DiffusersOptions, "diffusers", options)
     library()
@@ -183,9 +81,12 @@ def load_diffusers(path: Path, options: Mapping[str, object]) -> DiffusersModel:
             f"{source}: prediction_type {full['prediction_type']!r} is none of {', '.join(_ANSWERS)}"
         )
     shape, learned = _shape(place, config, chosen)
-    num_classes, guidance = _classes(place, config, chosen)
+    contexts = _contexts(files, place, config, chosen, folder)
+    num_classes, guidance = _classes(place, config, chosen, contexts)
     decoder = _decoder(files, shape)
     network = _network(files, place, config)
+    if config["_class_name"] == "UNet2DConditionModel":
+        network = ClassContext(network, contexts)
     return DiffusersModel(
         network,
         Process(betas=config_betas(full, source)),
@@ -209,14 +110,15 @@ class _Files:
 
     def use(self, path: Path) -> Path:
         """Notes the file for the fingerprint. Raises InputError if it cannot be read."""
-        self._digests[path.relative_to(self.root).as_posix()] = digest(path)
+        inside = path.is_relative_to(self.root)
+        self._digests[path.relative_to(self.root).as_posix() if inside else path.name] = digest(path)
         return path
 
     def json(self, path: Path) -> dict[str, Any]:
         """The mapping in a JSON file."""
         try:
             content = json.loads(self.use(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is no JSON file: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f"{path} holds a {type(content).__name__}, where a configuration is needed")
@@ -224,12 +126,14 @@ class _Files:
 
     def fingerprint(self, options: DiffusersOptions) -> str:
         """Digest of all files that were used, and of the options."""
-        text = json.dumps([self._digests, asdict(options)], sort_keys=True, default=str)
+        about = asdict(options)
+        del about["class_embedder"]  # one of the files
+        text = json.dumps([self._digests, about], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _denoiser(files: _Files) -> tuple[Path, dict[str, Any]]:
-    """The folder of the denoising network and its config.json."""
+    """The folder of the denoising network and its config.json, with the defaults of its class filled in."""
     for place in (files.root / "unet", files.root / "transformer", files.root):
         if (place / "config.json").is_file():
             break
@@ -239,14 +143,10 @@ def _denoiser(files: _Files) -> tuple[Path, dict[str, Any]]:
     name = config.get("_class_name")
     if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
         config["_class_name"] = "DiTTransformer2DModel"  # how DiT was called in folders of older versions
-    elif name == "UNet2DConditionModel":
-        raise InputError(
-            f"{place}: a UNet2DConditionModel needs text embeddings, which lamtune has none of; UNet2DModel and "
-            "DiTTransformer2DModel, without classes or with, can be used"
-        )
-    elif name not in ("UNet2DModel", "DiTTransformer2DModel"):
-        raise InputError(f"{place}: {name!r} cannot be used, only UNet2DModel and DiTTransformer2DModel")
-    return place, config
+    elif name not in _NETWORKS:
+        raise InputError(f"{place}: {name!r} cannot be used, only {', '.join(_NETWORKS)}")
+    arguments = inspect.signature(getattr(library(), config["_class_name"])).parameters.values()
+    return place, {p.name: p.default for p in arguments if p.default is not p.empty} | config
 
 
 def _scheduler(files: _Files, options: DiffusersOptions) -> tuple[dict[str, Any], str]:
@@ -266,12 +166,14 @@ def _shape(
     place: Path, config: Mapping[str, Any], options: DiffusersOptions
 ) -> tuple[tuple[int, int, int], bool]:
     """C, H, W of the state, and whether the network learned its variance."""
-    dit = config["_class_name"] == "DiTTransformer2DModel"
-    channels = config.get("in_channels", 4 if dit else 3)
-    out = config.get("out_channels", None if dit else 3) or channels
+    for key in ("in_channels", "out_channels", "num_class_embeds", "num_embeds_ada_norm"):
+        if not isinstance(config.get(key), int | None):
+            raise InputError(f"{place}: {key} is {config[key]!r}, not a number")
+    channels = config["in_channels"]
+    out = config["out_channels"] or channels
     if out not in (channels, 2 * channels):
         raise InputError(f"{place}: {out} channels come out of the network, and {channels} go in")
-    size = config.get("sample_size", 32 if dit else None)
+    size = config["sample_size"]
     if options.sample_size is not None:
         if size is not None:
             raise InputError(f"model.options.sample_size: {place} has it, as {size}; leave it out")
@@ -280,7 +182,10 @@ def _shape(
         raise InputError(
             f"{place} leaves the size of images open; give model.options.sample_size: [height, width]"
         )
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise InputError(f"{place}: sample_size {size!r} is no height and width")
+    height, width = sides
     if config.get("time_embedding_type", "positional") != "positional":
         raise InputError(
             f"{place}: time_embedding_type {config['time_embedding_type']!r} is not that of a network of "
@@ -289,20 +194,73 @@ def _shape(
     return (channels, height, width), out == 2 * channels
 
 
+def _contexts(
+    files: _Files, place: Path, config: Mapping[str, Any], options: DiffusersOptions, folder: Path
+) -> Tensor | None:
+    """What a UNet2DConditionModel attends to: a row per label, float32 [rows, width]."""
+    blocks = [config.get(part) for part in ("down_block_types", "mid_block_type", "up_block_types")]
+    if config["_class_name"] != "UNet2DConditionModel" or "CrossAttn" not in str(blocks):
+        if options.class_embedder is not None:
+            raise InputError(
+                f"model.options.class_embedder: {place} attends to no context; leave the option out"
+            )
+        return None
+    for key in ("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type", "num_class_embeds"):
+        if config[key] is not None:
+            raise InputError(f"{place}: {key} cannot be used together with cross-attention")
+    width = config["cross_attention_dim"]
+    if not isinstance(width, int):
+        raise InputError(f"{place}: cross_attention_dim is {width!r}; one width is needed")
+    if options.class_embedder is None:
+        raise InputError(
+            f"{place}: the network attends to a context of width {width}. Where that is an embedded class (LDM on "
+            f"ImageNet), name the file of the embedding [classes, {width}] as model.options.class_embedder; there is "
+            "no way to give it a text"
+        )
+    path = files.use(folder / options.class_embedder)
+    state = _tensors(path)
+    if len(state) != 1:
+        some = ", ".join(list(state)[:3])
+        raise InputError(
+            f"model.options.class_embedder: {path} holds {len(state)} tensors ({some} …); save the embedding alone, "
+            'torch.save({"embedding.weight": …}, path)'
+        )
+    ((name, table),) = state.items()
+    if table.dim() != 2 or table.shape[1] != width:
+        raise InputError(
+            f"model.options.class_embedder: {name} in {path} is {list(table.shape)}, but {place} attends to a "
+            f"context of width {width}: [classes, {width}] is needed"
+        )
+    return table
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch.save file, floating point ones as float32."""
+    if path.suffix != ".safetensors":
+        return read_state_dict(path)
+    from safetensors.torch import load_file  # comes with diffusers
+
+    try:
+        state = load_file(path)
+    except Exception as error:  # of types of its own
+        raise InputError(f"{path} is damaged, or no safetensors file: {error}") from error
+    return {name: usable(path, name, value) for name, value in state.items()}
+
+
 def _classes(
-    place: Path, config: Mapping[str, Any], options: DiffusersOptions
+    place: Path, config: Mapping[str, Any], options: DiffusersOptions, contexts: Tensor | None
 ) -> tuple[int | None, tuple[float, int] | None]:
     """The number of classes, and scale and null label of guidance."""
     guided = options.guidance_scale is not None and options.guidance_scale != 1
     if config["_class_name"] == "DiTTransformer2DModel":
-        rows = (config.get("num_embeds_ada_norm") or 1000) + 1  # one for "no class"
+        rows = config["num_embeds_ada_norm"] + 1  # one for "no class"
         most = rows - 1
     else:
-        if config.get("class_embed_type") is not None:
+        if config["class_embed_type"] is not None:
             raise InputError(
                 f"{place}: class_embed_type {config['class_embed_type']!r} is no embedding of labels"
             )
-        rows = config.get("num_class_embeds") or 0
+        rows = config["num_class_embeds"] or 0 if contexts is None else len(contexts)
         most = rows - guided
     if not rows:
         if options.guidance_scale is not None or options.num_classes is not None:

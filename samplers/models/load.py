@@ -23,7 +23,7 @@ def _adm(path: str | None, options: Options, folder: Path) -> Model:
 
 
 def _diffusers(path: str | None, options: Options, folder: Path) -> Model:
-    return load_diffusers(folder / _needed("diffusers", path, "the folder"), options)
+    return load_diffusers(folder / _needed("diffusers", path, "the folder"), options, folder)
 
 
 def _edm(path: str | None, options: Options, folder: Path) -> Model:

@@ -7,6 +7,7 @@ has only the opcodes that make data, all written out below. Knows nothing of wha
 import pickletools
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from samplers.errors import InputError
 
@@ -50,13 +51,17 @@ class _RefusedError(Exception):
     """The message follows the name of the file."""
 
 
-def read_pickle(data: bytes, admitted: Set[str], source: str) -> object:
+def read_pickle(
+    data: bytes | BinaryIO, admitted: Set[str] | None, source: str, expected: str = "pickle"
+) -> object:
     """The object in `data`: None, bool, int, float, str, bytes, tuple, list, dict, Global, Call or Persistent.
 
-    Sets come out as lists and ordered dictionaries as dictionaries; dictionary keys are str or int. admitted: the
-    globals that may be named, as "module.name". Raises InputError that begins with `source`: for any other global
-    (it is named), for opcodes that plain data has no use for, beyond MAX_STEPS operations or MAX_DEPTH levels, and
-    for damage. Time and memory stay within a small multiple of MAX_STEPS plus the size of `data`.
+    Sets come out as lists and ordered dictionaries as dictionaries; dictionary keys are str or int. data: bytes, or a
+    file that stands at the pickle's beginning and afterwards behind its end. admitted: the globals that may be named,
+    as "module.name"; None: any, where another reader is to judge them. Raises InputError that begins with `source`:
+    for any other global (it is named), for opcodes that plain data has no use for, beyond MAX_STEPS operations or
+    MAX_DEPTH levels, and for damage ("or no `expected`"). Time and memory stay within a small multiple of MAX_STEPS
+    plus the size of `data`.
     """
     try:
         root = _run(data, admitted)
@@ -64,11 +69,11 @@ def read_pickle(data: bytes, admitted: Set[str], source: str) -> object:
     except _RefusedError as error:
         raise InputError(f"{source} {error}. Nothing of it was run") from None
     except Exception as error:  # what damage makes of the stack, the memo or the text can raise anything
-        raise InputError(f"{source} is damaged, or no pickle ({type(error).__name__})") from error
+        raise InputError(f"{source} is damaged, or no {expected} ({type(error).__name__})") from error
     return root
 
 
-def _run(data: bytes, admitted: Set[str]) -> object:
+def _run(data: bytes | BinaryIO, admitted: Set[str] | None) -> object:
     stack: list[object] = []
     marks: list[int] = []
     memo: dict[object, object] = {}
@@ -142,13 +147,15 @@ def _run(data: bytes, admitted: Set[str]) -> object:
     raise EOFError
 
 
-def _global(name: str, admitted: Set[str]) -> Global:
-    if name not in admitted:
+def _global(name: str, admitted: Set[str] | None) -> Global:
+    if admitted is not None and name not in admitted:
         raise _RefusedError(f"asks for {name[:200]}, which is not part of a network")
     return Global(name)
 
 
 def _call(function: object, args: object) -> object:
+    if isinstance(function, Call):
+        raise _RefusedError(f"calls what {function.name[:200]} returns, which no network needs")
     if not isinstance(function, Global) or type(args) is not tuple:
         raise _RefusedError(f"calls a {type(function).__name__} with a {type(args).__name__}")
     if function.name in _DICTS and not args:

@@ -7,7 +7,6 @@ The official loader runs Python source that is embedded in the file. Here nothin
 import io
 import math
 import pickletools
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from samplers.errors import InputError
+from samplers.models.archive import MAGIC, Archive
 from samplers.models.pickles import Call, Global, Persistent, read_pickle
-from samplers.models.weights import read_tensors, usable
+from samplers.models.weights import LEGACY_MAGIC, opened, read_tensors, usable
 
 Scalar = bool | int | float | str | None
 Plain = Scalar | tuple[Scalar, ...]
@@ -35,7 +35,6 @@ _ADMITTED = frozenset((_PERSISTENT, _MODULE_DICT, _PARAMETER, _TENSOR, _STORAGE,
 _FLOAT_STORAGE, _ENCODE = "torch.FloatStorage", "_codecs.encode"
 _ADMITTED_IN_ARCHIVES = _ADMITTED | {_FLOAT_STORAGE, _ENCODE, "__builtin__.set"}
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how torch.save began its files before it wrote archives
 _MAX_PARTS = 100_000  # modules and tensors; the largest published network has under 2,000
 _MAX_MODULE_DEPTH = 8  # official networks: 4
 _MAX_LIST, _MAX_TEXT = 64, 1000  # of a constructor's argument
@@ -72,15 +71,15 @@ def read_snapshot(path: Path) -> Snapshot:
     Raises InputError that names the file for whatever is not such a network: globals other than the official ones,
     damage, and claims of more memory than the file has bytes.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if data.startswith(b"PK"):
-        archive = _Archive(path, data)
+    with opened(path) as file:
+        data = file.read()
+    archive = None
+    if data.startswith(MAGIC):
+        archive = Archive(io.BytesIO(data), str(path))
+        if "byteorder" in archive and archive.record("byteorder") != b"little":
+            raise InputError(f"{path} was saved on a big-endian machine; save it again on another one")
         root = read_pickle(archive.record("data.pkl"), _ADMITTED_IN_ARCHIVES, str(path))
     else:
-        archive = None
         root = read_pickle(data, _ADMITTED, str(path))
     if not isinstance(root, dict) or root.get("ema") is None:
         raise InputError(
@@ -90,38 +89,10 @@ def read_snapshot(path: Path) -> Snapshot:
     return _Reader(path, len(data), archive).snapshot(root["ema"])
 
 
-class _Archive:
-    """A torch.save archive in memory: an uncompressed zip of one folder."""
-
-    def __init__(self, path: Path, data: bytes) -> None:
-        self._path = path
-        try:
-            self._zip = zipfile.ZipFile(io.BytesIO(data))
-            records = self._zip.infolist()
-        except Exception as error:  # a damaged archive can raise anything
-            raise InputError(f"{path} is a damaged archive ({type(error).__name__})") from error
-        if any(r.compress_type != zipfile.ZIP_STORED for r in records):
-            raise InputError(f"{path} has compressed records, which torch.save does not write")
-        if sum(r.file_size for r in records) > len(data):
-            raise InputError(f"{path} claims to hold more bytes than it has")
-        self._folder = records[0].filename.split("/")[0] if records else ""
-        if "byteorder" in self and self.record("byteorder") != b"little":
-            raise InputError(f"{path} was saved on a big-endian machine; save it again on another one")
-
-    def __contains__(self, name: str) -> bool:
-        return f"{self._folder}/{name}" in self._zip.namelist()
-
-    def record(self, name: str) -> bytes:
-        try:
-            return self._zip.read(f"{self._folder}/{name}")
-        except Exception as error:  # absent, or damaged
-            raise InputError(f"{self._path} lacks the record {name!r} ({type(error).__name__})") from error
-
-
 class _Reader:
     """Finds modules and tensors in the plain data of one file, and keeps to the limits while doing so."""
 
-    def __init__(self, path: Path, size: int, archive: _Archive | None) -> None:
+    def __init__(self, path: Path, size: int, archive: Archive | None) -> None:
         self._path = path
         self._archive = archive
         self._size = size
@@ -242,7 +213,7 @@ class _Reader:
         except Exception as error:  # damage
             raise InputError(f"{source} is damaged ({type(error).__name__})") from error
         # torch takes the memory that the reference claims before it looks at the data.
-        if numbers[0][-1:] != [_LEGACY_MAGIC] or sum(abs(n) for n in numbers[3]) > len(data):
+        if numbers[0][-1:] != [LEGACY_MAGIC] or sum(abs(n) for n in numbers[3]) > len(data):
             raise InputError(f"{source} is damaged, or claims more numbers than it has bytes")
         storage = read_tensors(io.BytesIO(data), source, "storage", "It is no published network")
         if not isinstance(storage, torch.storage.TypedStorage):

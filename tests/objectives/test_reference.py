@@ -285,6 +285,11 @@ def test_an_oversized_member_is_refused_before_it_is_unpacked(
     for source in (zip_of(members, tmp_path / "a.zip"), tar_of(members, tmp_path / "a.tar.gz", "w:gz")):
         with pytest.raises(InputError, match=r"bomb\.png has 1048577 bytes, more than the 1048576 allowed"):
             compute_reference(source, extractor, SHAPE)
+    np.savez_compressed(tmp_path / "zeros.npz", mu=np.zeros(2), sigma=np.zeros((1 << 10, 1 << 8)))
+    with pytest.raises(
+        InputError, match=r"zeros\.npz: sigma has 2097280 bytes, more than the 1048576 allowed"
+    ):
+        load_reference(tmp_path / "zeros.npz", extractor, SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -535,6 +535,16 @@ def test_a_file_that_would_run_code_is_refused_and_does_nothing(tmp_path: Path) 
     assert not target.exists()
 
 
+def test_a_bomb_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "zeros.npz", ms_eps=np.zeros(1 << 23, np.float32))
+    with pytest.raises(InputError, match=r"zeros\.npz: ms_eps has more bytes than the 16777216 allowed"):
+        read_ms_eps(tmp_path / "zeros.npz", 40)
+    with zipfile.ZipFile(tmp_path / "deep.pth", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.")
+    with pytest.raises(InputError, match=r"deep\.pth has a dictionary key of type tuple"):
+        read_ms_eps(tmp_path / "deep.pth", 40)
+
+
 def test_files_that_hold_something_else_are_refused_by_name(tmp_path: Path) -> None:
     good = exact_ms_eps(FEW, 0.1)
     for number, (content, reason) in enumerate(

@@ -223,10 +223,16 @@ def test_impossible_sigma_grid_is_refused_with_the_reason(options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "options", [{"amount": -1.0}, {"noise": math.nan}, {"s_min": 2.0, "s_max": 1.0}, {"s_min": -1.0}]
+    ("options", "key"),
+    [
+        ({"amount": -1.0}, "S_churn"),
+        ({"noise": math.nan}, "S_noise"),
+        ({"s_min": 2.0, "s_max": 1.0}, "S_min and S_max"),
+        ({"s_min": -1.0}, "S_min and S_max"),
+    ],
 )
-def test_impossible_churn_is_refused(options: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="hurn"):
+def test_impossible_churn_is_refused(options: dict[str, float], key: str) -> None:
+    with pytest.raises(InputError, match=f"^{key} must"):
         Churn(**options)
 
 

@@ -1,6 +1,6 @@
 """A job's `sampling`, bound to networks: what is scaled, where it starts, which times are visited, what is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from samplers.models.edm import EdmModel, load_edm, load_pfgmpp
 from samplers.models.ideal import IdealModel, PointCloud
 from samplers.models.process import Process
 from samplers.prediction import Prediction
-from samplers.sampling import DDIM, EDM, LDM, SOLVERS, AnalyticDDIM, AnalyticDDPM, Solver
+from samplers.sampling import DDIM, DDPM, EDM, LDM, SOLVERS, AnalyticDDIM, AnalyticDDPM, Solver
 from samplers.schedule import Schedule
-from samplers.solvers import edm
+from samplers.solvers import Variance, edm
 
 CPU = torch.device("cpu")
 
@@ -163,7 +163,7 @@ def test_elsewhere_sampling_starts_at_the_first_level_times_the_latents(cloud: I
     assert scaled.start == pytest.approx(3 / 10**0.5)
 
 
-# --- Analytic-DPM and LDM -----------------------------------------------------------------------------------
+# --- ADM ----------------------------------------------------------------------------------------------------
 
 STEPS = 40
 
@@ -173,6 +173,119 @@ def discrete() -> IdealModel:
     """Twenty points, denoised exactly, of a discrete-time process."""
     points = np.random.default_rng(0).uniform(-1, 1, (20, 3, 4, 4))
     return IdealModel(PointCloud(points), Process(betas=training_betas("cosine", STEPS)))
+
+
+class Loop:
+    """guided-diffusion's loops with ADM-ES's division by λ, written out for one model and one list of timesteps."""
+
+    def __init__(self, model: Any, timesteps: list[int], lambdas: Sequence[float], *, guide: bool) -> None:
+        abar = np.cumprod(1 - model.betas)[timesteps]
+        self.abar, self.before = abar, np.append(1.0, abar[:-1])
+        self.beta = 1 - abar / self.before
+        self.small = self.beta * (1 - self.before) / (1 - abar)
+        self.model, self.timesteps, self.lambdas, self.guide = model, timesteps, lambdas, guide
+
+    def image(self, x: Tensor, eps: Tensor, t: int, *, clip: bool) -> Tensor:
+        """x0 of the noise that is divided on the way."""
+        eps = eps / self.lambdas[t]
+        x0 = x / self.abar[t] ** 0.5 - (1 / self.abar[t] - 1) ** 0.5 * eps
+        return x0.clamp(-1, 1) if clip else x0
+
+    def ddpm(self, x: Tensor, noise: Any, variance: str, clip: bool) -> Tensor:
+        for t in reversed(range(len(self.timesteps))):
+            eps, v = self.model(x, self.timesteps[t], None)
+            x0 = self.image(x, eps, t, clip=clip)
+            weight = self.beta[t] * self.before[t] ** 0.5 / (1 - self.abar[t])
+            kept = (1 - self.before[t]) * (1 - self.beta[t]) ** 0.5 / (1 - self.abar[t])
+            small = torch.tensor(self.small[t])
+            log_small = torch.tensor(self.small[max(t, 1)]).log()
+            if variance == "fixed_small":
+                var, log_var = small, log_small
+            elif variance == "fixed_large":
+                log_var = torch.tensor(self.beta[t]).log() if t else log_small
+                var = log_var.exp()
+            else:
+                part = (v + 1) / 2
+                log_var = part * torch.tensor(self.beta[t]).log() + (1 - part) * log_small
+                var = log_var.exp()
+            mean = weight * x0 + kept * x
+            if self.guide:
+                mean = mean + var * slope(x, t)
+            x = mean + (0.5 * log_var).exp() * noise(t) if t else mean
+        return x
+
+    def ddim(self, x: Tensor, noise: Any, eta: float, clip: bool) -> Tensor:
+        for t in reversed(range(len(self.timesteps))):
+            x0 = self.image(x, self.model(x, self.timesteps[t], None).eps, t, clip=clip)
+            if self.guide:
+                eps = self.implied(x, x0, t) - (1 - self.abar[t]) ** 0.5 * slope(x, t)
+                x0 = self.image(x, eps, t, clip=False)  # divided once more
+            spread = (1 - self.before[t]) / (1 - self.abar[t]) * (1 - self.abar[t] / self.before[t])
+            sigma = eta * spread**0.5
+            kept = (1 - self.before[t] - sigma**2) ** 0.5 if t else 0.0
+            x = self.before[t] ** 0.5 * x0 + kept * self.implied(x, x0, t) + sigma * noise(t)
+        return x
+
+    def implied(self, x: Tensor, x0: Tensor, t: int) -> Tensor:
+        return (x / self.abar[t] ** 0.5 - x0) / (1 / self.abar[t] - 1) ** 0.5
+
+
+def slope(x: Tensor, t: int) -> Tensor:
+    """A classifier's gradient."""
+    return (0.3 + 0.1 * t) * (0.5 - x)
+
+
+class Ranged:
+    """A model that learned the range of its variance, beyond -1 .. 1 too."""
+
+    variance, learned_range = "learned_range", True
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
+        return Prediction(self._model(x, time, labels).eps, 1.3 * torch.sin(2 * x + time))
+
+
+SPACINGS = {"8": [0, 6, 11, 17, 22, 28, 33, 39], "5,3,2": [0, 3, 6, 10, 13, 14, 20, 26, 27, 39]}
+
+
+@pytest.mark.parametrize("guide", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_adm_s_samplers_equal_the_official_loops_with_scaling_written_into_them(
+    discrete: IdealModel, spacing: str, clip: bool, guide: bool
+) -> None:
+    model = Ranged(discrete)
+    timesteps = SPACINGS[spacing]
+    schedule = Schedule.linear(len(timesteps), 0.003, 0.99)
+    loop = Loop(model, timesteps, schedule.lambdas, guide=guide)
+    x, noise = start_and_noise(discrete)
+    gradient = slope if guide else None
+
+    def out(sampling: DDPM | DDIM) -> Tensor:
+        plan = sampling.plan(model)
+        assert plan.times.tolist() == timesteps
+        return plan.run(lambda x, t: model(x, float(plan.times[t]), None), schedule, x, noise, gradient)
+
+    variances: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned_range")
+    for variance in variances:
+        ddpm = DDPM("ddpm", len(timesteps), respacing=spacing, variance=variance, clip=clip)
+        close(out(ddpm), loop.ddpm(x, noise, variance, clip))
+    for eta in (0.0, 0.4, 1.0):
+        ddim = DDIM("ddim", len(timesteps), respacing=spacing, eta=eta, clip=clip)
+        close(out(ddim), loop.ddim(x, noise, eta, clip))
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    """Equal to the last digits of the largest number."""
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * max(1.0, float(wanted.abs().max())))
+
+
+# --- Analytic-DPM and LDM -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +413,26 @@ def test_what_does_not_fit_the_network_is_refused_with_its_key(
         AnalyticDDPM("analytic_ddpm", 7, clip=False)
     with pytest.raises(InputError, match="clip_sigma_idx needs"):
         AnalyticDDIM("analytic_ddim", 7, variance="ddim", clip_sigma_idx=1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "changes", "message"),
+    [
+        (DDIM("ddim", 5), {"eta": 1.5}, "eta must lie between 0"),
+        (AnalyticDDIM("analytic_ddim", 5), {"eta": float("nan")}, "eta must lie between 0"),
+        (LDM("ldm_ddim", 5), {"eta": -0.1}, "eta must lie between 0"),
+        (LDM("ldm_ddim", 5), {"temperature": float("inf")}, "temperature must be finite"),
+        (EDM("heun", 5), {"S_churn": -1.0}, "S_churn must be finite"),
+        (EDM("heun", 5), {"S_noise": float("nan")}, "S_noise must be finite"),
+        (EDM("heun", 5, S_max=1.0), {"S_min": 2.0}, "S_min and S_max must satisfy"),
+        (EDM("heun", 5), {"S_max": -1.0}, "S_min and S_max must satisfy"),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused_also_where_it_replaces_another(
+    sampling: Any, changes: dict[str, float], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(sampling, **changes)
 
 
 class Zero:

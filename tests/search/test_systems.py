@@ -19,7 +19,11 @@ from search.runner import submit
 from search.spec import parse
 from storage import Job, open_store
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [
+    pytest.mark.usefixtures("local_ray"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of diffusers, about numpy
+]
 
 # λ = 1 and one more.
 SEARCH = {
@@ -47,14 +51,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[Job, ...]]:
-    """run(model, sampling, **sections): submits a job in `tmp_path`, and checks that its results are in the store."""
+    """run(model, *samplings, **sections): submits a job in `tmp_path`, and checks that its results are in the store."""
 
-    def run(model: Mapping[str, Any], sampling: Mapping[str, Any], **sections: Any) -> tuple[Job, ...]:
+    def run(model: Mapping[str, Any], *samplings: Mapping[str, Any], **sections: Any) -> tuple[Job, ...]:
         job = {
             "model": {"name": "tiny", **model},
             "dataset": {"name": "d", "reference": "digits"},
             "features": "digits",
-            "sampling": sampling,
+            "sampling": samplings,
             "search": SEARCH,
             "resources": {"workers": 1},
             **sections,
@@ -62,6 +66,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[Job, ...]]:
         url = f"sqlite:///{tmp_path}/lamtune.db"
         console = Console(file=StringIO(), force_terminal=False)
         jobs = submit(parse(job, "job.yaml", tmp_path), url, console)
+        assert len(jobs) == len(samplings)
         with open_store(url) as store:
             for found in jobs:
                 assert (found.status, found.error) == ("finished", None)
@@ -117,11 +122,23 @@ class Quarters(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
 
 
+def in_colour(folder: Path, side: int) -> dict[str, Any]:
+    """The sections of a job on images of 3×side×side."""
+    torch.jit.script(Quarters()).save(str(folder / "features.ts"))
+    data = {"name": "d", "reference": images(folder / "images.npz", channels=3, side=side)}
+    return {"dataset": data, "features": "features.ts"}
+
+
 # --- ADM ----------------------------------------------------------------------------------------------------
 
 
 def test_adm_and_the_variances_it_learned(run: Run, tmp_path: Path) -> None:
-    run(adm(tmp_path, learn_sigma=True), {"solver": "ddpm", "nfe": 4})
+    run(
+        adm(tmp_path, learn_sigma=True, diffusion_steps=40, rescale_timesteps=True),
+        {"solver": "ddpm", "nfe": 4},
+        {"solver": "ddpm", "nfe": 6, "respacing": "3,2,1"},
+        {"solver": "ddim", "nfe": 5, "eta": 0.5},
+    )
 
 
 def test_adm_with_classes(run: Run, tmp_path: Path) -> None:
@@ -131,7 +148,6 @@ def test_adm_with_classes(run: Run, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 def test_adm_guided_by_a_classifier(run: Run, tmp_path: Path) -> None:
     guide = {
         "image_size": 32,
@@ -141,17 +157,7 @@ def test_adm_guided_by_a_classifier(run: Run, tmp_path: Path) -> None:
         "classifier_depth": 1,
         "classifier_attention_resolutions": "8",
     }
-    torch.jit.script(Quarters()).save(str(tmp_path / "features.ts"))
-    run(
-        adm(tmp_path, channels=3, **guide),
-        {"solver": "ddpm", "nfe": 2},
-        dataset={"name": "d", "reference": images(tmp_path / "images.npz", channels=3, side=32)},
-        features="features.ts",
-    )
-
-
-def test_adm_with_ddim(run: Run, tmp_path: Path) -> None:
-    run(adm(tmp_path), {"solver": "ddim", "nfe": 5, "eta": 0.5})
+    run(adm(tmp_path, channels=3, **guide), {"solver": "ddpm", "nfe": 2}, **in_colour(tmp_path, 32))
 
 
 # --- EDM and PFGM++ -----------------------------------------------------------------------------------------
@@ -160,35 +166,39 @@ GREY = {"img_channels": 1}
 
 
 @pytest.mark.parametrize(
-    ("precond", "network", "settings", "sampling"),
+    ("precond", "network", "settings", "samplings"),
     [
-        ("EDMPrecond", "SongUNet", {}, {"solver": "heun", "nfe": 5, "S_churn": 10}),
         (
             "EDMPrecond",
-            "DhariwalUNet",
-            {"model_channels": 32, "attributes": {**GREY, "label_dim": 10}},
-            {"solver": "euler", "nfe": 4},
+            "SongUNet",
+            {},
+            [{"solver": "heun", "nfe": 5, "S_churn": 10, "S_noise": 1.01}, {"solver": "euler", "nfe": 4}],
         ),
         (
             "VPPrecond",
             "SongUNet",
             {},
-            {"solver": "euler", "nfe": 4, "discretization": "vp", "schedule": "vp", "scaling": "vp"},
+            [{"solver": "euler", "nfe": 4, "discretization": "vp", "schedule": "vp", "scaling": "vp"}],
         ),
         (
             "VEPrecond",
             "SongUNet",
-            {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]},
-            {"solver": "euler", "nfe": 4, "discretization": "ve", "schedule": "ve"},
+            {
+                "embedding_type": "fourier",
+                "encoder_type": "residual",
+                "resample_filter": [1, 3, 3, 1],
+                "attributes": {**GREY, "label_dim": 10},
+            },
+            [{"solver": "euler", "nfe": 4, "discretization": "ve", "schedule": "ve"}],
         ),
         (
             "iDDPMPrecond",
             "DhariwalUNet",
-            {"model_channels": 32},
-            {"solver": "heun", "nfe": 5, "discretization": "iddpm"},
+            {"model_channels": 32, "attributes": {**GREY, "label_dim": 10}},
+            [{"solver": "heun", "nfe": 5, "discretization": "iddpm"}],
         ),
     ],
-    ids=["edm", "edm-classes", "vp", "ve", "iddpm"],
+    ids=["edm", "vp", "ve", "iddpm"],
 )
 def test_edm_under_each_preconditioning(
     run: Run,
@@ -197,7 +207,7 @@ def test_edm_under_each_preconditioning(
     precond: str,
     network: str,
     settings: dict[str, Any],
-    sampling: dict[str, Any],
+    samplings: list[dict[str, Any]],
 ) -> None:
     settings = {"attributes": GREY, **settings}
     if precond == "iDDPMPrecond":
@@ -205,7 +215,7 @@ def test_edm_under_each_preconditioning(
             "u": nvidia.tensor(torch.cat([torch.linspace(90, 0.01, 1000), torch.zeros(1)]))
         }
     file = save_snapshot(precond, network, **settings)
-    run({"format": "edm", "path": file.name}, sampling)
+    run({"format": "edm", "path": file.name}, *samplings)
 
 
 def test_pfgmpp_from_its_prior(run: Run, save_snapshot: Callable[..., Path]) -> None:
@@ -213,29 +223,29 @@ def test_pfgmpp_from_its_prior(run: Run, save_snapshot: Callable[..., Path]) -> 
     run({"format": "pfgmpp", "path": file.name, "options": {"D": 128}}, {"solver": "heun", "nfe": 5})
 
 
-# --- Analytic-DPM and LDM -----------------------------------------------------------------------------------
+# --- Analytic-DPM -------------------------------------------------------------------------------------------
 
 
-def test_analytic_dpm_estimates_its_statistics_from_the_images_of_the_dataset(
+def test_analytic_dpm_estimates_its_statistics_from_the_images_of_the_dataset_or_takes_a_file_of_them(
     run: Run, tmp_path: Path, cache: Path
 ) -> None:
-    sampling = {"solver": "analytic_ddpm", "nfe": 4, "clip_sigma_idx": 1, "ms_eps_images": 20}
+    torch.save(np.linspace(0, 1, 41, dtype=np.float32), tmp_path / "official.ms_eps.pth")
+    samplings = (
+        {"solver": "analytic_ddpm", "nfe": 4, "clip_sigma_idx": 1, "ms_eps_images": 20},
+        {"solver": "analytic_ddim", "nfe": 5, "eta": 0.5, "ms_eps": "official.ms_eps.pth"},
+    )
     data = {"name": "d", "reference": "digits", "images": images(tmp_path / "images.npz")}
-    (job,) = run(adm(tmp_path), sampling, dataset=data)
+    jobs = run(adm(tmp_path), *samplings, dataset=data)
     (file,) = cache.glob("*.ms_eps.npz")
-    assert job.sampling["ms_eps"] is None
+    assert jobs[0].sampling["ms_eps"] is None
     with np.load(file) as archive:
         assert archive["ms_eps"].shape == (41,)
     moved = tmp_path / "moved.npz"
     images(moved)
-    assert run(adm(tmp_path), sampling, dataset={**data, "images": moved.name}) == (job,)  # the same question
+    assert run(adm(tmp_path), *samplings, dataset={**data, "images": moved.name}) == jobs  # the same question
 
 
-def test_analytic_ddim_takes_a_file_of_statistics(run: Run, tmp_path: Path, cache: Path) -> None:
-    torch.save(np.linspace(0, 1, 41, dtype=np.float32), tmp_path / "official.ms_eps.pth")
-    run(adm(tmp_path), {"solver": "analytic_ddim", "nfe": 5, "eta": 0.5, "ms_eps": "official.ms_eps.pth"})
-    assert not list(cache.glob("*.ms_eps.npz"))
-
+# --- networks of the user -----------------------------------------------------------------------------------
 
 NETWORK = """
 import torch
@@ -251,7 +261,7 @@ class Network(nn.Module):
 """
 
 
-def test_ldm_ddim_of_a_state_dict_of_the_users_own_network(run: Run, tmp_path: Path) -> None:
+def test_a_plain_state_dict_under_ddpm_ddim_and_ldm_s_ddim(run: Run, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(NETWORK)
     names: dict[str, Any] = {}
     exec(NETWORK, names)
@@ -263,19 +273,64 @@ def test_ldm_ddim_of_a_state_dict_of_the_users_own_network(run: Run, tmp_path: P
         "arguments": {"width": 6},
         "weights": "weights.pt",
     }
-    model = {"format": "python", "path": "own.py:Network", "options": options}
-    run(model, {"solver": "ldm_ddim", "nfe": 7, "ddim_steps": 6, "eta": 1.0, "temperature": 0.9})
-
-
-# --- without a checkpoint -----------------------------------------------------------------------------------
-
-
-def test_the_bundled_digits(run: Run) -> None:
-    run({"format": "digits"}, {"solver": "ddpm", "nfe": 3})
-
-
-def test_the_exact_denoiser_of_a_point_cloud(run: Run) -> None:
-    (job,) = run(
-        {"format": "ideal", "options": {"shape": [1, 8, 8], "points": 30}}, {"solver": "heun", "nfe": 5}
+    run(
+        {"format": "python", "path": "own.py:Network", "options": options},
+        {"solver": "ddpm", "nfe": 5},
+        {"solver": "ddim", "nfe": 5, "eta": 0.0},
+        {"solver": "ddim", "nfe": 8, "eta": 1.0},
+        {"solver": "ldm_ddim", "nfe": 7, "ddim_steps": 6, "eta": 1.0, "temperature": 0.9},
     )
-    assert job.spec["search"]["images"] == 64
+
+
+# --- diffusers ----------------------------------------------------------------------------------------------
+
+
+def test_a_ddpm_pipeline_of_diffusers_under_our_solvers_and_its_schedulers(
+    run: Run, folders: Any, tmp_path: Path
+) -> None:
+    folders.pipeline(unet=folders.unet(), config={"variance_type": "fixed_large"})
+    run(
+        {"format": "diffusers", "path": "pipeline"},
+        {"solver": "ddim", "nfe": 4, "eta": 1.0},
+        {"solver": "diffusers", "nfe": 5},
+        {"solver": "diffusers", "nfe": 6, "scheduler": "DPMSolverMultistepScheduler"},
+        {"solver": "diffusers", "nfe": 7, "scheduler": "HeunDiscreteScheduler"},
+        **in_colour(tmp_path, 8),
+    )
+
+
+def test_a_latent_pipeline_with_a_vq_decoder(run: Run, folders: Any, tmp_path: Path) -> None:
+    folders.pipeline(unet=folders.unet(), vqvae=folders.vq(), scheduler="DDIMScheduler", config=folders.betas)
+    run(
+        {"format": "diffusers", "path": "pipeline"},
+        {"solver": "ldm_ddim", "nfe": 4, "eta": 0.5},
+        **in_colour(tmp_path, 16),
+    )
+
+
+def test_a_latent_network_that_attends_to_its_class_with_guidance(
+    run: Run, folders: Any, tmp_path: Path
+) -> None:
+    folders.pipeline(unet=folders.conditional(), vqvae=folders.vq(), config=folders.betas)
+    torch.save({"embedding.weight": torch.randn(11, 16)}, tmp_path / "classes.pt")
+    options = {"class_embedder": "classes.pt", "guidance_scale": 3.0}
+    run(
+        {"format": "diffusers", "path": "pipeline", "options": options},
+        {"solver": "ldm_ddim", "nfe": 4},
+        **in_colour(tmp_path, 16),
+    )
+
+
+def test_a_dit_of_v_predictions_with_guidance_and_a_kl_decoder(
+    run: Run, folders: Any, tmp_path: Path
+) -> None:
+    folders.pipeline(
+        transformer=folders.dit(),
+        vae=folders.kl(),
+        config={"prediction_type": "v_prediction", **folders.betas},
+    )
+    run(
+        {"format": "diffusers", "path": "pipeline", "options": {"guidance_scale": 2.0, "num_classes": 10}},
+        {"solver": "diffusers", "nfe": 4, "scheduler": "UniPCMultistepScheduler"},
+        **in_colour(tmp_path, 8),
+    )

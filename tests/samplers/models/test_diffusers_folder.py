@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from samplers.grids import training_betas
 from samplers.models.diffusers_folder import load_diffusers
 from samplers.models.load import load_model
 from samplers.prediction import Prediction
-from samplers.sampling import DDIM, Diffusers
+from samplers.sampling import DDIM, LDM, Diffusers
 from samplers.scaling import scaled
 from samplers.schedule import Schedule
 
@@ -78,6 +79,146 @@ def test_a_class_conditional_u_net_takes_labels_and_guidance(folders: Any) -> No
     same(load_diffusers(path, {})(X, 400, LABELS).eps, given)
     same(model(X, 400, LABELS).eps, without + 3 * (given - without), 2e-6)
     same(load_diffusers(path, {"guidance_scale": 1.0, "num_classes": 5})(X, 400, LABELS).eps, given)
+
+
+CLASSES = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+
+
+def attending(folders: Any, **settings: Any) -> tuple[Any, Path]:
+    """LDM's class-conditional network: a U-Net that attends to one token per class, a VQ decoder, and the embedding
+    of five classes and none."""
+    network = folders.conditional(**settings)
+    path = folders.pipeline(unet=network, vqvae=folders.vq(), scheduler="DDIMScheduler", config=folders.betas)
+    torch.save({"embedding.weight": CLASSES}, path / "class_embedder.pt")
+    return network, path
+
+
+def test_a_u_net_that_attends_to_its_class_takes_labels_guidance_and_no_class(folders: Any) -> None:
+    network, path = attending(folders)
+    file = str(path / "class_embedder.pt")
+
+    def model(**options: Any) -> Any:
+        return load_diffusers(path, {"class_embedder": file, **options})
+
+    with torch.no_grad():
+        given = network(X, 400, CLASSES[LABELS][:, None]).sample
+        without = network(X, 400, CLASSES[-1].expand(3, 1, 16)).sample
+    assert (given - without).abs().max() > 0.01
+    assert (model().num_classes, model(guidance_scale=3.0).num_classes) == (6, 5)
+    assert (model().shape, model().image_shape) == ((3, 8, 8), (3, 16, 16))
+    same(model(num_classes=5)(X, 400, LABELS).eps, given)
+    same(model(guidance_scale=1.0)(X, 400, LABELS).eps, given)
+    same(model(guidance_scale=3.0)(X, 400, LABELS).eps, without + 3 * (given - without), 2e-6)
+    same(model(guidance_scale=0.0)(X, 400, LABELS).eps, without)
+
+
+def test_its_sampling_equals_ldm_s_loop_with_guidance_and_scaling_written_into_it(folders: Any) -> None:
+    network, path = attending(folders)
+    options = {"class_embedder": str(path / "class_embedder.pt"), "guidance_scale": 2.5}
+    model, sampling = load_diffusers(path, options), LDM("ldm_ddim", 5, eta=0.4)
+    schedule = Schedule.linear(5, 0.01, 0.98)
+    plan = sampling.plan(model)
+
+    def noise(t: int) -> Tensor:
+        return torch.randn(X.shape, generator=torch.Generator().manual_seed(t))
+
+    got = plan.run(lambda x, t: model(x, float(plan.times[t]), LABELS), schedule, X, noise, None)
+    timesteps = [1, 201, 401, 601, 801]
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    x = X
+    for t in reversed(range(5)):
+        now, then = abar[timesteps[t]], abar[timesteps[t - 1] if t else 0]
+        context = torch.cat([CLASSES[-1].expand(3, 16), CLASSES[LABELS]])[:, None]
+        with torch.no_grad():
+            without, given = network(torch.cat([x, x]), timesteps[t], context).sample.chunk(2)
+        eps = (without + 2.5 * (given - without)) / schedule.lambdas[t]
+        sigma = 0.4 * ((1 - then) / (1 - now) * (1 - now / then)) ** 0.5
+        x0 = (x - (1 - now) ** 0.5 * eps) / now**0.5
+        x = then**0.5 * x0 + (1 - then - sigma**2) ** 0.5 * eps + sigma * noise(t)
+    same(got, x, 1e-5)
+
+
+def test_the_embedding_of_classes_may_lie_anywhere_as_safetensors_and_counts_for_the_fingerprint(
+    folders: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    network, path = attending(folders)
+    save_file({"weight": CLASSES}, tmp_path / "classes.safetensors")
+    options = {"class_embedder": "classes.safetensors", "guidance_scale": 2.0}
+    model = load_model("diffusers", path.name, options, tmp_path)
+    with torch.no_grad():
+        given, without = (
+            network(X, 400, rows[:, None]).sample for rows in (CLASSES[LABELS], CLASSES[-1].expand(3, 16))
+        )
+    same(model(X, 400, LABELS).eps, 2 * given - without, 2e-6)
+    save_file({"weight": CLASSES + 1}, tmp_path / "classes.safetensors")
+    assert load_model("diffusers", path.name, options, tmp_path).fingerprint != model.fingerprint
+
+
+def test_a_conditional_u_net_without_cross_attention_is_used_with_its_label_embedding_or_none(
+    folders: Any,
+) -> None:
+    plain: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "mid_block_type": None,
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    for classes in (None, 6):
+        network = folders.conditional(num_class_embeds=classes, **plain)
+        path = folders.pipeline(unet=network)
+        labels = None if classes is None else LABELS
+        with torch.no_grad():
+            wanted = network(X, 400, None, class_labels=labels).sample
+        model = load_diffusers(path, {})
+        assert model.num_classes == classes
+        same(model(X, 400, labels).eps, wanted)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (CLASSES, {}, "holds a Tensor, where a state dict"),
+        ({"a": CLASSES, "b": CLASSES}, {}, r"holds 2 tensors \(a, b …\); save the embedding alone"),
+        ({"weight": CLASSES[:, :8]}, {}, r"weight in .* is \[6, 8\], but .* context of width 16"),
+        ({"weight": CLASSES[0]}, {}, r"weight in .* is \[16\]"),
+        ({"weight": CLASSES / 0}, {}, "holds NaN or infinity"),
+        ({"weight": CLASSES}, {"num_classes": 7}, "the network knows 6, not 7"),
+        ({"weight": CLASSES}, {"num_classes": 6, "guidance_scale": 2.0}, "the network knows 5, not 6"),
+    ],
+)
+def test_an_embedding_of_classes_that_does_not_fit_is_refused(
+    folders: Any, content: object, options: dict[str, Any], message: str
+) -> None:
+    _, path = attending(folders)
+    torch.save(content, path / "class_embedder.pt")
+    with pytest.raises(InputError, match=message):
+        load_diffusers(path, {"class_embedder": str(path / "class_embedder.pt"), **options})
+
+
+def test_networks_of_prompts_are_refused_with_the_way_for_classes(folders: Any, tmp_path: Path) -> None:
+    _, path = attending(folders)
+    with pytest.raises(
+        InputError, match=r"name the file .* as model\.options\.class_embedder.* give it a text"
+    ):
+        load_diffusers(path, {})
+    with pytest.raises(InputError, match=r"absent\.pt cannot be read"):
+        load_diffusers(path, {"class_embedder": str(tmp_path / "absent.pt")})
+    claims = json.dumps({"weight": {"dtype": "F32", "shape": [2**40, 16], "data_offsets": [0, 2**46]}})
+    for content in (
+        b"no",
+        struct.pack("<Q", 2**62),
+        struct.pack("<Q", len(claims)) + claims.encode() + b"0000",
+    ):
+        (tmp_path / "no.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=r"no\.safetensors is damaged"):
+            load_diffusers(path, {"class_embedder": str(tmp_path / "no.safetensors")})
+    for key, value in (("encoder_hid_dim", 8), ("addition_embed_type", "text"), ("num_class_embeds", 9)):
+        before = (path / UNET).read_text()
+        changed(path / UNET, **{key: value})
+        with pytest.raises(InputError, match=f"{key} cannot be used together with cross-attention"):
+            load_diffusers(path, {"class_embedder": str(path / "class_embedder.pt")})
+        (path / UNET).write_text(before)
 
 
 def test_scaling_divides_the_guided_noise(folders: Any) -> None:
@@ -167,7 +308,7 @@ def test_kl_latents_are_decoded_in_parts(
         wanted = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         assert model.pixels(LATENTS).shape == (3, 3, 8, 8)
         torch.testing.assert_close(model.pixels(LATENTS), wanted, rtol=0, atol=0)
-        monkeypatch.setattr("samplers.models.diffusers_folder._PIXELS_AT_ONCE", 128)
+        monkeypatch.setattr("samplers.models.diffusers_model._PIXELS_AT_ONCE", 128)
         torch.testing.assert_close(model.pixels(LATENTS), wanted, rtol=0, atol=1)
 
 
@@ -227,7 +368,7 @@ def test_old_weights_are_read_without_executing_them(folders: Any, tmp_path: Pat
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"conv_in.weight": Attack()}, path / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.bin holds more than weights"):
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.bin .*getattr.*Nothing of it was run"):
         load_diffusers(path, {})
     assert not (tmp_path / "executed").exists()
 
@@ -298,7 +439,6 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
     [
         (lambda p: shutil.rmtree(p), {}, "there is no folder .*downloads nothing"),
         (lambda p: shutil.rmtree(p / "unet"), {}, r"has no unet/config\.json, transformer/config\.json"),
-        (lambda p: changed(p / UNET, _class_name="UNet2DConditionModel"), {}, "needs text embeddings"),
         (lambda p: changed(p / UNET, _class_name="os.system"), {}, "'os.system' cannot be used"),
         (lambda p: changed(p / UNET, out_channels=5), {}, "5 channels come out of the network, and 3 go in"),
         (lambda p: changed(p / UNET, sample_size=None), {}, r"give model\.options\.sample_size"),
@@ -312,6 +452,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (lambda p: changed(p / UNET, block_out_channels=[16, 64]), {}, "unet cannot be loaded"),
         (lambda p: (p / UNET).write_text("{"), {}, "is no JSON file"),
         (lambda p: (p / UNET).write_text("[]"), {}, "holds a list"),
+        (lambda p: (p / UNET).write_text("[" * 100_000), {}, "is no JSON file"),
         (lambda p: changed(p / SCHEDULER, prediction_type="flow"), {}, "prediction_type 'flow'"),
         (
             lambda p: changed(p / SCHEDULER, _class_name="ScoreSdeVeScheduler"),
@@ -331,6 +472,10 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         ),
         (_missing, {}, r"the file lacks conv_in\.weight"),
         (_infinite, {}, "holds NaN or infinity"),
+        (lambda p: changed(p / UNET, block_out_channels="16"), {}, "unet cannot be loaded"),
+        (lambda p: changed(p / UNET, in_channels="3"), {}, "in_channels is '3', not a number"),
+        (lambda p: changed(p / UNET, sample_size=[8]), {}, r"sample_size \[8\] is no"),
+        (lambda p: None, {"class_embedder": "classes.pt"}, "attends to no context; leave the option out"),
         (lambda p: None, {"guidance_scale": 2.0}, "knows no classes"),
         (lambda p: None, {"sample_size": [8, 8]}, "leave it out"),
         (lambda p: None, {"guidance": 2.0}, "did you mean 'guidance_scale'"),

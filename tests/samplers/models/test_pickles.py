@@ -90,6 +90,29 @@ ATTACKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda cmd: b"\x80\x04" + _text("os") + _text("system") + b"\x93" + cmd + b"\x85R.",
         "asks for os.system",
     ),
+    "stack global of remembered names": (
+        lambda cmd: (
+            b"\x80\x04" + _text("os") + b"\x94" + _text("system") + b"\x94h\x00h\x01\x93" + cmd + b"\x85R."
+        ),
+        "asks for os.system",
+    ),
+    "names that replace others in the memo": (
+        lambda cmd: (
+            b"\x80\x04"
+            + _text("collections")
+            + b"q\x00"
+            + _text("OrderedDict")
+            + b"q\x01\x93)R"
+            + _text("os")
+            + b"q\x00"
+            + _text("system")
+            + b"q\x01"
+            + b"h\x00h\x01\x93"
+            + cmd
+            + b"\x85R."
+        ),
+        "asks for os.system",
+    ),
     "dotted stack global": (
         lambda cmd: b"\x80\x04" + _text("pathlib") + _text("os.system") + b"\x93" + cmd + b"\x85R.",
         "asks for pathlib.os.system",
@@ -144,7 +167,7 @@ def test_a_pickle_that_runs_a_command_elsewhere_runs_nothing_here(attack: str, t
         (b"I1\n.", "opcode INT"),
         (b"\x80\x02K\x01)R.", "calls a int with a tuple"),
         (b"\x80\x02cfractions\nFraction\nK\x01R.", "calls a Global with a int"),
-        (b"\x80\x02cfractions\nFraction\n)R)R.", "calls a Call with a tuple"),
+        (b"\x80\x02cfractions\nFraction\n)R)R.", "calls what fractions.Fraction returns"),
         (b"\x80\x04K\x01K\x02\x93.", "names a global by a int"),
         (b"\x80\x02]}b.", "gives a state to a list"),
         (b"\x80\x02cfractions\nFraction\n)R}b}b.", "gives a state to a Call"),

@@ -135,7 +135,7 @@ def test_an_archive_that_asks_for_other_things_is_refused(
     attack = pickle.dumps(Attack(f"touch {canary}"), 2)
     refused(write(archive({"data.pkl": attack})), "asks for (posix|os).system")
     assert not canary.exists()
-    refused(write(archive({"data.pkl": attack})[:-30]), "damaged archive")
+    refused(write(archive({"data.pkl": attack})[:-30]), "is damaged, or no archive")
 
 
 def test_a_zip_bomb_is_refused(nvidia: Any, wire: Any, write: Callable[..., Path]) -> None:
