@@ -30,6 +30,7 @@ from torch import Tensor
 from objectives.features import Extractor
 from objectives.frechet import Gaussian
 from objectives.moments import Moments
+from samplers.cache import cache_root
 from samplers.errors import InputError
 
 DIGITS = "digits"
@@ -128,8 +129,7 @@ def load_reference(
     `Reference.save` write them, or images as uint8 [N, H, W, C] in arr_0. An .npz with both gives the
     statistics, as in ADM's evaluator, unless they are of another dimension than the extractor's. `shape` is
     the (C, H, W) of the model's images; images of another size are refused, or with `resize` scaled and
-    cropped as in ADM's data loader. `cache` is a folder; without it $LAMTUNE_CACHE, else
-    $XDG_CACHE_HOME/lamtune, else ~/.cache/lamtune.
+    cropped as in ADM's data loader. `cache` is a folder; without it `samplers.cache.cache_root`.
 
     Raises InputError that names the file (and its member) for whatever cannot be used or does not fit.
     """
@@ -440,9 +440,7 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
     Raises InputError where it cannot be written to, so that it is known before a long computation starts.
     """
-    chosen = cache or os.environ.get("LAMTUNE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(chosen or Path(base, "lamtune"), "references")
+    folder = Path(cache or cache_root(), "references")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

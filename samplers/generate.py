@@ -22,8 +22,9 @@ from samplers.sampling import Solver
 from samplers.schedule import Schedule
 
 # Elements of x that one network call takes when nobody says: 2,000 images of 3×32×32 on a GPU, where larger
-# batches gain nothing; on a processor what its caches hold.
+# batches gain nothing; on a processor what its caches hold. And images, of which a worker is not asked for more.
 _ELEMENTS = {"cuda": 2000 * 3 * 32 * 32, "cpu": 16_384}
+_IMAGES = 2000
 INITIAL_DRAW = 0  # the step whose first evaluation is t takes draw t + 1
 
 
@@ -80,10 +81,22 @@ class Sampler:
                 self._call(x[s], float(times[t]), None if labels is None else labels[s])
                 for s in self._parts(x)
             ]
+            if len(parts) == 1:
+                return parts[0]
             v = None if parts[0].v is None else torch.cat([p.v for p in parts if p.v is not None])
             return Prediction(torch.cat([p.eps for p in parts]), v)
 
         return predict
+
+    def warm_up(self) -> None:
+        """Compile a network that is to be compiled: one call, so that the first images cost what all others do."""
+        if self.device.type != "cuda":
+            return
+        x = torch.zeros(1, *self.model.shape, dtype=self.sampling.state_dtype, device=self.device)
+        labels = torch.zeros(1, dtype=torch.int64, device=self.device) if self.model.num_classes else None
+        with torch.no_grad():
+            self.network(self.sampling.plan(self.model).times, labels)(x, 0)
+        torch.cuda.synchronize(self.device)
 
     def _gradient(self, times: Floats, labels: Tensor | None) -> Gradient | None:
         """The classifier's gradient as a function of (x, t), if the model brings one."""
@@ -94,14 +107,26 @@ class Sampler:
         return lambda x, t: torch.cat([gradient(x[s], float(times[t]), labels[s]) for s in self._parts(x)])
 
     def _parts(self, x: Tensor) -> list[slice]:
-        size = self.micro_batch or _micro_batch(self.model, self.device)
-        return [slice(i, i + size) for i in range(0, len(x), size)]
+        return [slice(i, i + self._size) for i in range(0, len(x), self._size)]
+
+    @property
+    def _size(self) -> int:
+        return self.micro_batch or _micro_batch(self.model, self.device)
 
     def _call(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
+        """The answer for one micro-batch at most."""
+        count = len(x)
+        if self.device.type == "cuda" and count < self._size:
+            # Kernels are chosen, and compiled, for a shape: with one shape for all calls an image has the same bits
+            # in every range.
+            x = torch.cat([x, x.new_zeros(self._size - count, *x.shape[1:])])
+            labels = None if labels is None else torch.cat([labels, labels.new_zeros(self._size - count)])
         if self.precision == torch.float32:
-            return self.model(x, time, labels)
-        with torch.autocast(self.device.type, self.precision):
-            return self.model(x, time, labels)
+            answer = self.model(x, time, labels)
+        else:
+            with torch.autocast(self.device.type, self.precision):
+                answer = self.model(x, time, labels)
+        return Prediction(answer.eps[:count], None if answer.v is None else answer.v[:count])
 
 
 def measure_ms_eps(
@@ -138,4 +163,4 @@ def measure_ms_eps(
 
 
 def _micro_batch(model: Model, device: torch.device) -> int:
-    return max(1, _ELEMENTS[device.type] // math.prod(model.shape))
+    return min(_IMAGES, max(1, _ELEMENTS[device.type] // math.prod(model.shape)))

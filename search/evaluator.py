@@ -19,6 +19,7 @@ from objectives.frechet import FrechetReference
 from objectives.moments import Moments
 from objectives.reference import Reference, load_reference
 from samplers.generate import Sampler
+from samplers.models.compiled import make_fast
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
 from samplers.sampling import Solver
@@ -91,8 +92,9 @@ class Evaluator:
                 progress=progress,
             )
         micro_batch = None if spec.resources.micro_batch == "auto" else spec.resources.micro_batch
-        return cls(
-            model=model.to(device),
+        make_fast(model.to(device), device, getattr(torch, precision(spec, device)))
+        evaluator = cls(
+            model=model,
             extractor=extractor.to(device),
             reference=reference,
             frechet=FrechetReference.of(reference.gaussian().to(device)),
@@ -101,6 +103,8 @@ class Evaluator:
             precision=precision(spec, device),
             micro_batch=micro_batch,
         )
+        evaluator._sampler(spec.sampling[0]).warm_up()
+        return evaluator
 
     @property
     def fingerprint(self) -> str:
@@ -113,7 +117,14 @@ class Evaluator:
         Raises NonFiniteError.
         """
         began = time.perf_counter()
-        sampler = Sampler(
+        images = self._sampler(sampling).images(schedule, start, stop)
+        edges = [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK), stop]
+        blocks = [self.extractor(images[a - start : b - start]) for a, b in pairwise(edges)]
+        moments = Moments.of(torch.cat(blocks)).to("cpu")
+        return moments, time.perf_counter() - began
+
+    def _sampler(self, sampling: Solver) -> Sampler:
+        return Sampler(
             model=self.model,
             sampling=sampling,
             device=self.device,
@@ -121,11 +132,6 @@ class Evaluator:
             precision=getattr(torch, self.precision),
             micro_batch=self.micro_batch,
         )
-        images = sampler.images(schedule, start, stop)
-        edges = [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK), stop]
-        blocks = [self.extractor(images[a - start : b - start]) for a, b in pairwise(edges)]
-        moments = Moments.of(torch.cat(blocks)).to("cpu")
-        return moments, time.perf_counter() - began
 
     def merge(self, *parts: Moments) -> tuple[Moments, float]:
         """The sum of moments of disjoint images, in the order given, and its Fréchet distance to the reference.

@@ -23,6 +23,7 @@ from samplers.models.edm_layers import (
     norm,
     positional_embedding,
 )
+from samplers.models.normalisation import joined, normalised
 
 _EPS = 1e-5
 
@@ -113,11 +114,11 @@ class DhariwalUNet(nn.Module):
         x = x.to(self.map_layer0.weight.dtype, memory_format=torch.channels_last)
         skips = []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = layer((x,), emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         for name, layer in self.dec.items():
-            x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
-        return cast(Tensor, self.out_conv(F.silu(self.out_norm(x))))
+            x = layer(joined(x, skips.pop()) if "_block" in name else (x,), emb)
+        return cast(Tensor, self.out_conv(normalised(self.out_norm, (x,))))
 
     def _embed(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         dtype = self.map_layer0.weight.dtype

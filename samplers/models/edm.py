@@ -80,7 +80,8 @@ class EdmModel:
 
     def __call__(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
         """See `Model`. A class-conditional network without labels is told of no class (all zeros)."""
-        dtype = next(self.network.parameters()).dtype
+        # Half precision is for the network alone: sigma runs over more digits than it has.
+        dtype = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
         c = self.preconditioning.coefficients(time)
         seen = x.to(dtype)
         level = torch.full((1,), c.noise, dtype=torch.float32, device=x.device)

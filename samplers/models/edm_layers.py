@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from samplers.models.normalisation import Parts, normalised, projected, whole
+
 Resample = Literal["up", "down"]
 Filter = tuple[float, ...]
 
@@ -147,8 +149,10 @@ class FusedDown(Conv):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, out_channels, H/2, W/2]."""
-        h = F.conv2d(x, self.weight, padding=self._wide)
-        return _resampled(h, self.resample_filter, "down", 0) + cast(Tensor, self.bias)[:, None, None]
+        h = _resampled(F.conv2d(x, self.weight, padding=self._wide), self.resample_filter, "down", 0)
+        return (
+            h + cast(Tensor, self.bias).to(h.dtype)[:, None, None]
+        )  # as autocast adds the bias of a convolution
 
 
 class Block(nn.Module):
@@ -188,18 +192,24 @@ class Block(nn.Module):
             self.qkv = Conv(out_channels, 3 * out_channels, 1)
             self.proj = Conv(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [B, C, H, W]; emb: [B or 1, E]."""
-        h = self.conv0(F.silu(self.norm0(x)))
+    def forward(self, parts: Parts, emb: Tensor) -> Tensor:
+        """parts: the image [B, C, H, W]; emb: [B or 1, E]."""
+        h = self.conv0(normalised(self.norm0, parts))
         shift = self.affine(emb)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = shift.chunk(2, dim=1)
-            h = F.silu(shift + self.norm1(h) * (scale + 1))
+            h = normalised(self.norm1, (h,), scale=scale, shift=shift)
         else:
-            h = F.silu(self.norm1(h + shift))
-        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.skip_scale
+            h = normalised(self.norm1, (h + shift,))
+        if self.skip is None:
+            skip = whole(parts)
+        elif len(parts) == 1:
+            skip = self.skip(*parts)
+        else:  # a decoder's block, which does not resample
+            skip = projected(cast(Conv, self.skip), parts)
+        x: Tensor = (self.conv1(h) + skip) * self.skip_scale
         if self.heads:
-            x = (self.proj(self._attention(self.norm2(x))) + x) * self.skip_scale
+            x = (self.proj(self._attention(normalised(self.norm2, (x,), silu=False))) + x) * self.skip_scale
         return x
 
     def _attention(self, x: Tensor) -> Tensor:

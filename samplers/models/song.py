@@ -27,6 +27,7 @@ from samplers.models.edm_layers import (
     norm,
     positional_embedding,
 )
+from samplers.models.normalisation import joined, normalised
 
 _EPS = 1e-6
 
@@ -163,19 +164,19 @@ class SongUNet(nn.Module):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
             else:
-                x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+                x = layer((x,), emb) if isinstance(layer, Block) else layer(x)
                 skips.append(x)
         image: Tensor | None = None
         for name, layer in self.dec.items():
             if "aux_up" in name:
                 image = layer(image)
             elif "aux_norm" in name:
-                normed = layer(x)
+                normed = normalised(cast(nn.GroupNorm, layer), (x,))
             elif "aux_conv" in name:
-                part = layer(F.silu(normed))
+                part = layer(normed)
                 image = part if image is None else image + part
             else:
-                x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
+                x = layer(joined(x, skips.pop()) if "_block" in name else (x,), emb)
         return cast(Tensor, image)
 
     def _embed(self, noise: Tensor, labels: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samplers.errors import InputError
+from samplers.models.normalisation import Parts, joined, normalised, projected, whole
 
 _GROUPS = 32
 
@@ -115,20 +116,23 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else _conv(channels, out_channels, kernel=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [B, C, H, W]; emb: [B or 1, E]."""
-        h = F.silu(self.in_layers[0](x))
+    def forward(self, parts: Parts, emb: Tensor) -> Tensor:
+        """parts: the image [B, C, H, W]; emb: [B or 1, E]."""
+        h = normalised(cast(nn.GroupNorm, self.in_layers[0]), parts)
         if self.resample is not None:
             change = _double if self.resample == "up" else _halve
-            h, x = change(h), change(x)
+            h, parts = change(h), tuple(change(part) for part in parts)
         h = self.in_layers[2](h)
         shift = self.emb_layers(emb)[:, :, None, None]
+        norm = cast(nn.GroupNorm, self.out_layers[0])
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = normalised(norm, (h,), scale=scale, shift=shift)
         else:
-            h = self.out_layers[0](h + shift)
-        result: Tensor = self.skip_connection(x) + self.out_layers[3](F.silu(h))
+            h = normalised(norm, (h + shift,))
+        conv = self.skip_connection
+        skip = projected(conv, parts) if isinstance(conv, nn.Conv2d) else whole(parts)
+        result: Tensor = skip + self.out_layers[3](h)
         return result
 
 
@@ -184,7 +188,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → the same shape."""
         batch, channels, height, width = x.shape
-        tokens = _tokens(self.norm(x))
+        tokens = _tokens(normalised(self.norm, (x,), silu=False))
         qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
         if self.new_order:
             q, k, v = qkv.view(batch, height * width, 3, self.heads, -1).unbind(2)
@@ -204,10 +208,11 @@ def _tokens(x: Tensor) -> Tensor:
 class Stage(nn.ModuleList):
     """Layers in a row, of which the ResBlocks also get the embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [B, C, H, W]; emb: [B or 1, E]."""
+    def forward(self, parts: Parts, emb: Tensor) -> Tensor:
+        """parts: the image [B, C, H, W], of which only a ResBlock takes several; emb: [B or 1, E]."""
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            parts = (layer(parts, emb) if isinstance(layer, ResBlock) else layer(*parts),)
+        (x,) = parts
         return x
 
 
@@ -259,8 +264,8 @@ class _Encoder(nn.Module):
         h = x.to(dtype, memory_format=torch.channels_last)
         outputs = []
         for stage in self.input_blocks:
-            outputs.append(h := stage(h, emb))
-        return [*outputs, self.middle_block(h, emb)]
+            outputs.append(h := stage((h,), emb))
+        return [*outputs, self.middle_block((h,), emb)]
 
 
 class UNet(_Encoder):
@@ -301,8 +306,8 @@ class UNet(_Encoder):
             emb = emb + self.label_emb(labels)
         *skips, h = self.encode(x, emb)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return cast(Tensor, self.out(h))
+            h = stage(joined(h, skips.pop()), emb)
+        return cast(Tensor, self.out[2](normalised(cast(nn.GroupNorm, self.out[0]), (h,))))
 
 
 class AttentionPool(nn.Module):

@@ -7,6 +7,7 @@ import torch
 
 from samplers.errors import NonFiniteError
 from samplers.generate import Sampler
+from samplers.models.compiled import make_fast
 from samplers.models.load import load_model
 from samplers.sampling import DDIM, DDPM, EDM
 from samplers.schedule import Schedule
@@ -88,3 +89,16 @@ def test_a_class_conditional_network_gets_the_labels_of_the_images(tmp_path):
     split = Sampler(model, sampling, CPU, micro_batch=5).images(Schedule.uniform(5, 1.0), 32, 64)
     assert torch.equal(whole[32:], split)
     assert len(whole.flatten(1).unique(dim=0)) > 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_on_a_gpu_an_image_has_the_same_bits_in_every_range():
+    gpu, half = torch.device("cuda"), torch.float16
+    model = load_model("digits", None, {}).to(gpu)
+    make_fast(model, gpu, half)
+    sampler = Sampler(model, DDPM("ddpm", 5), gpu, seed=3, precision=half, micro_batch=16)
+    sampler.warm_up()
+    schedule = Schedule.uniform(5, 1.02)
+    whole = sampler.images(schedule, 0, 50)
+    parts = [sampler.images(schedule, a, b) for a, b in ((0, 13), (13, 14), (14, 50))]
+    assert torch.equal(whole, torch.cat(parts))

@@ -116,7 +116,7 @@ def test_a_block_without_branches_passes_its_input_on_scaled() -> None:
         torch.nn.init.zeros_(block.conv1.bias)
         torch.nn.init.zeros_(block.proj.bias)
         x = _images(8)
-        torch.testing.assert_close(block(x, torch.randn(1, 16)), x * style.skip_scale**2)
+        torch.testing.assert_close(block((x,), torch.randn(1, 16)), x * style.skip_scale**2)
 
 
 def test_the_embedding_is_added_before_the_normalisation_or_scales_after_it() -> None:
@@ -128,7 +128,7 @@ def test_the_embedding_is_added_before_the_normalisation_or_scales_after_it() ->
         h = block.conv0(F.silu(block.norm0(x)))
         late = style.adaptive_scale
         h = block.norm1(h) * (1 + params[:, :8]) + params[:, 8:] if late else block.norm1(h + params)
-        torch.testing.assert_close(block(x, emb), (x + block.conv1(F.silu(h))) * style.skip_scale)
+        torch.testing.assert_close(block((x,), emb), (x + block.conv1(F.silu(h))) * style.skip_scale)
 
 
 def test_a_skip_has_weights_where_channels_change_or_the_style_asks_for_it() -> None:

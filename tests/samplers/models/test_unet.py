@@ -174,11 +174,11 @@ def _silent(block: ResBlock) -> ResBlock:
 
 def test_a_resampling_block_averages_or_repeats_what_its_skip_carries() -> None:
     x, emb = torch.randn(2, 64, 4, 4), torch.randn(1, 128)
-    down = _silent(ResBlock(64, 64, SMALL, "down"))(x, emb)
+    down = _silent(ResBlock(64, 64, SMALL, "down"))((x,), emb)
     torch.testing.assert_close(down, x.view(2, 64, 2, 2, 2, 2).mean(dim=(3, 5)))
-    up = _silent(ResBlock(64, 64, SMALL, "up"))(x, emb)
+    up = _silent(ResBlock(64, 64, SMALL, "up"))((x,), emb)
     assert torch.equal(up, x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
-    assert torch.equal(_silent(ResBlock(64, 64, SMALL))(x, emb), x)
+    assert torch.equal(_silent(ResBlock(64, 64, SMALL))((x,), emb), x)
 
 
 def test_the_first_half_of_the_embedding_scales_and_the_second_shifts() -> None:
@@ -187,7 +187,7 @@ def test_the_first_half_of_the_embedding_scales_and_the_second_shifts() -> None:
     x, emb = torch.randn(2, 32, 4, 4, dtype=torch.float64), torch.randn(1, 128, dtype=torch.float64)
     scale, shift = block.emb_layers(emb)[0].view(2, 32, 1, 1)
     hidden = block.out_layers[0](block.in_layers(x)) * (1 + scale) + shift
-    torch.testing.assert_close(block(x, emb), x + block.out_layers[1:](hidden), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block((x,), emb), x + block.out_layers[1:](hidden), rtol=1e-12, atol=1e-12)
 
 
 def test_without_scale_shift_the_embedding_is_added_before_the_normalisation() -> None:
@@ -196,7 +196,7 @@ def test_without_scale_shift_the_embedding_is_added_before_the_normalisation() -
     block = ResBlock(64, 64, net).double()
     x, emb = torch.randn(2, 64, 4, 4, dtype=torch.float64), torch.randn(1, 256, dtype=torch.float64)
     hidden = block.in_layers(x) + block.emb_layers(emb)[:, :, None, None]
-    torch.testing.assert_close(block(x, emb), x + block.out_layers(hidden), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block((x,), emb), x + block.out_layers(hidden), rtol=1e-12, atol=1e-12)
 
 
 def test_widths_that_normalisation_cannot_group_are_refused_by_name() -> None:

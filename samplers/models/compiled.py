@@ -1,0 +1,72 @@
+"""The fast form of a model on a GPU: weights cast once, and a compiled network.
+
+Knows nothing of solvers, and of a network only which of them are lamtune's own. On a processor a model stays as it is:
+there compilation takes longer than it saves.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from samplers.cache import cache_root
+from samplers.models.dhariwal import DhariwalUNet
+from samplers.models.protocol import Model
+from samplers.models.song import SongUNet
+from samplers.models.unet import UNet
+
+_OWN = (UNet, SongUNet, DhariwalUNet)
+
+
+def make_fast(model: Model, device: torch.device, precision: torch.dtype) -> None:
+    """Prepare a model that is on `device` for calls of one shape under autocast to `precision` (float32: none).
+
+    Changes the model in place; its answers change by rounding. A model without a torch module stays as it is.
+    Compiled code is kept on disk, for the next process and job.
+    """
+    network = getattr(model, "network", None)
+    if device.type != "cuda" or not isinstance(network, nn.Module):
+        return
+    if precision != torch.float32 and isinstance(network, _OWN):
+        cast_weights(network, precision)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
+    model.network = Compiled(network)  # type: ignore[attr-defined]
+
+
+def cast_weights(network: nn.Module, precision: torch.dtype) -> None:
+    """Cast, in place, the weights that autocast would cast in every call: those of convolutions and linear layers."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+            layer.to(precision)
+
+
+class Compiled(nn.Module):
+    """A network that torch compiles at its first call, and that runs as it is where that fails.
+
+    Every shape of the input is compiled for itself, which takes a minute: call it with one.
+    """
+
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.network = network
+        self._compiled: Callable[..., Any] | None = torch.compile(network.forward, dynamic=False, **options)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network answers."""
+        if self._compiled is not None:
+            try:
+                return self._compiled(*args, **kwargs)
+            except (
+                Exception
+            ) as error:  # whatever a compiler may raise; the network's own errors come again below
+                lines = str(error).strip().splitlines() or [""]
+                warnings.warn(
+                    f"torch.compile failed for {type(self.network).__name__}, which now runs several times slower "
+                    f"without it ({type(error).__name__}: {lines[0][:200]})",
+                    stacklevel=2,
+                )
+                self._compiled = None
+        return self.network(*args, **kwargs)
