@@ -5,6 +5,7 @@ at once. Catches only LamtuneError: anything else is a bug and shows its traceba
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,17 +141,31 @@ def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_
 
 
 @main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file with the token that requests must bring.  [default: the environment's LAMTUNE_TOKEN]",
+)
 @_store_option
-def dashboard(port: int, store: str) -> None:
-    """Serve the Optuna dashboard of the store on this machine (loopback only: it has no login)."""
+def serve(host: str, port: int, token_file: Path | None, store: str) -> None:
+    """Serve the store over HTTP, to read: Optuna's dashboard, /api/best, /api/jobs and /api/health.
+
+    On this machine alone (loopback) no token is needed. Browsers give it as the password, with any user name;
+    programs as `Authorization: Bearer TOKEN`. GET /api/openapi.json describes the API.
+    """
+    from search import service
     from storage import open_store
 
+    token = service.token_for(host, token_file, os.environ.get("LAMTUNE_TOKEN"))
     with open_store(store) as opened:
-        from optuna_dashboard import run_server
+        click.echo(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
+        service.serve(opened, host, port, token)
 
-        click.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        run_server(opened.optuna_storage(), host="127.0.0.1", port=port)
+
+main.add_command(serve, "dashboard")
 
 
 @main.command()

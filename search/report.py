@@ -1,5 +1,6 @@
 """Writes results for people and for programs. Knows the store's records and nothing of how they came about."""
 
+from dataclasses import asdict
 from typing import Any
 
 from storage import Best
@@ -35,15 +36,7 @@ def duration(seconds: float) -> str:
 
 def best_as_dict(best: Best) -> dict[str, Any]:
     """The answer for programs: first the keys that others rely on, then what identifies and priced the search."""
-    return {key: getattr(best, key) for key in _ORDER} | {
-        "sampling": dict(best.sampling),
-        "seed": best.seed,
-        "evaluator": best.evaluator,
-        "model_fingerprint": best.model_fingerprint,
-        "job": best.job_id,
-        "network_evaluations": best.network_evaluations,
-        "seconds": best.seconds,
-    }
+    return {key: getattr(best, key) for key in _ORDER} | asdict(best)
 
 
 def best_as_text(best: Best) -> str:

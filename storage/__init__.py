@@ -4,7 +4,18 @@ Knows nothing of torch, images or strategies.
 """
 
 from storage.errors import NotInStore
-from storage.records import Best, Evaluation, Evaluator, Job, NewJob
+from storage.records import Best, Evaluation, EvaluationState, Evaluator, Job, JobStatus, NewJob
 from storage.store import Store, open_store
 
-__all__ = ["Best", "Evaluation", "Evaluator", "Job", "NewJob", "NotInStore", "Store", "open_store"]
+__all__ = [
+    "Best",
+    "Evaluation",
+    "EvaluationState",
+    "Evaluator",
+    "Job",
+    "JobStatus",
+    "NewJob",
+    "NotInStore",
+    "Store",
+    "open_store",
+]
