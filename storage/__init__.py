@@ -4,10 +4,11 @@ Knows nothing of torch, images or strategies.
 """
 
 from storage.errors import NotInStore
-from storage.records import Best, Evaluation, EvaluationState, Evaluator, Job, JobStatus, NewJob
+from storage.records import CONFIRM, Best, Evaluation, EvaluationState, Evaluator, Job, JobStatus, NewJob
 from storage.store import Store, open_store
 
 __all__ = [
+    "CONFIRM",
     "Best",
     "Evaluation",
     "EvaluationState",

@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from samplers.errors import InputError
 
+CONFIRM = "confirm"
+"""The phase of evaluations on random numbers that the search has not seen: what they measure ranks."""
+
 JobStatus = Literal["queued", "running", "finished", "failed", "cancelled"]
 EvaluationState = Literal["running", "complete", "failed", "pruned"]
 
@@ -55,8 +58,10 @@ class NewJob:
     """One search: a model, a dataset, a solver with its options and one NFE.
 
     `study_name`: of Optuna's study, unique in the store. `model_fingerprint`: digest of weights and options.
-    `sampling`: all options of the solver. `images`: the full image count, at which evaluations rank.
-    `seed`: of the common random numbers, 0 to 2⁶³ - 1. `spec`: the whole job file, as it was submitted.
+    `sampling`: all options of the solver. `images`: the full image count of the search. `confirm`: image count of the
+    evaluations on fresh random numbers that rank in the end; 0: none, the search's own full evaluations rank. `seed`:
+    of the search's common random numbers, 0 to 2⁶³ - 1. `spec`: the whole job file, as it was submitted. `warm_start`:
+    where the search began, and which job said so; None: at λ = 1.
     """
 
     study_name: str
@@ -71,6 +76,8 @@ class NewJob:
     seed: int
     spec: Mapping[str, Any]
     evaluator: Evaluator
+    confirm: int = 0
+    warm_start: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_text(
@@ -85,6 +92,10 @@ class NewJob:
             raise InputError(f"nfe is {self.nfe}: a job needs at least one network evaluation")
         if self.images < 2:
             raise InputError(f"images is {self.images}: a covariance needs at least two")
+        if self.confirm == 1 or self.confirm < 0:
+            raise InputError(
+                f"confirm is {self.confirm}: give a number of images of at least 2, or 0 for none"
+            )
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}: it must lie between 0 and 2**63 - 1")
         _check_json("sampling", self.sampling)
@@ -115,7 +126,14 @@ class Evaluation:
     network evaluation t, t = 0 the cleanest. `rungs`: image count → Fréchet distance there, ascending;
     `images` and `distance` are the last of them (0 and None before the first). `network_evaluations`: images
     × NFE paid so far. `seconds`: accelerator-seconds paid so far. A complete evaluation has a finite
-    distance.
+    distance; a pruned one was stopped at its last rung.
+
+    `parameters`: options of the solver that were tried in place of the job's. `seed`: of its random numbers.
+    `standard_error`: of `distance`. `gain`: the distance of λ = 1 minus this one at the same images and seed, with
+    `gain_error`, its paired standard error; None where λ = 1 was not measured there. `influence`: little-endian
+    float32, one per 25 images, what error bars of differences are computed from. `metrics`: further numbers of the
+    same images by name. `key`: digest of all that decides the numbers. `reused`: id of the evaluation, perhaps of
+    another job, that they were taken from.
     """
 
     id: int
@@ -135,16 +153,28 @@ class Evaluation:
     error: str | None
     started_at: datetime
     finished_at: datetime | None
+    parameters: Mapping[str, float]
+    seed: int
+    standard_error: float | None
+    gain: float | None
+    gain_error: float | None
+    influence: bytes
+    metrics: Mapping[str, float]
+    key: str
+    reused: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
     """The best schedule that the store has for a (model, dataset, NFE), and what finding it cost.
 
-    `k`, `b`, `lambdas`, `number`, `distance`: of the winning evaluation (see `Evaluation`).
-    `baseline_distance`: of λ = 1 in the same job, None where that was not measured. `images`, `seed`,
+    `k`, `b`, `lambdas`, `parameters`, `number`, `phase`, `distance`, `standard_error`, `gain`, `gain_error`, `images`,
+    `seed`, `metrics`: of the winning evaluation (see `Evaluation`). `confirmed`: whether its random numbers are other
+    ones than the search's, so that no luck of the search is in the distance. `baseline_distance`: of λ = 1 in the
+    same job, on the same random numbers and as many images; None where that was not measured. `images`, `seed`,
     `evaluator` (fingerprint) and `model_fingerprint` say what the distance may be compared with. `trials`,
-    `network_evaluations` and `seconds` cover every evaluation of the winning job, pruned and failed ones too.
+    `network_evaluations` and `seconds` cover every evaluation of the winning job's search, pruned and failed ones
+    too; `confirm_network_evaluations` and `confirm_seconds` its confirmation.
     """
 
     model: str
@@ -156,14 +186,30 @@ class Best:
     k: float | None
     b: float | None
     lambdas: tuple[float, ...]
+    parameters: Mapping[str, float]
     distance: float
+    standard_error: float | None
     baseline_distance: float | None
+    gain: float | None
+    gain_error: float | None
+    confirmed: bool
     images: int
     seed: int
+    metrics: Mapping[str, float]
     evaluator: str
     job_id: int
     number: int
     status: JobStatus
+    strategy: str
     trials: int
     network_evaluations: int
     seconds: float
+    confirm_network_evaluations: int
+    confirm_seconds: float
+
+    @property
+    def significant(self) -> bool | None:
+        """Whether λ = 1 is worse by more than twice the gain's standard error; None where that is not known."""
+        if self.gain is None or self.gain_error is None:
+            return None
+        return self.gain > 2 * self.gain_error

@@ -9,14 +9,14 @@ after a kill -9 the store holds everything that was reported.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from sqlalchemy import URL, ColumnElement, CursorResult, Select, select, update
+from sqlalchemy import URL, ColumnElement, CursorResult, Select, and_, or_, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -25,7 +25,7 @@ from samplers.schedule import Schedule
 from storage import upgrade
 from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe
 from storage.errors import NotInStore
-from storage.records import Best, Evaluation, Evaluator, Job, JobStatus, NewJob
+from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
 from storage.tables import EvaluationRow, EvaluatorRow, JobRow
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Store:
                 seed=new.seed,
                 spec=dict(new.spec),
                 evaluator=self._evaluator(session, new.evaluator),
+                confirm=new.confirm,
+                warm_start=None if new.warm_start is None else dict(new.warm_start),
                 status="queued",
                 created_at=now,
                 updated_at=now,
@@ -238,10 +240,22 @@ class Store:
 
     # ---- evaluations
 
-    def start_evaluation(self, job_id: int, number: int, phase: str, schedule: Schedule) -> Evaluation:
+    def start_evaluation(
+        self,
+        job_id: int,
+        number: int,
+        phase: str,
+        schedule: Schedule,
+        *,
+        seed: int | None = None,
+        parameters: Mapping[str, float] | None = None,
+        key: str = "",
+        reused: int | None = None,
+    ) -> Evaluation:
         """Add a running evaluation of `schedule`; `number` is Optuna's trial number, new in the job.
 
-        `phase`: what the strategy calls this part of the search (baseline, coarse, fine, k, …).
+        `phase`: what the strategy calls this part of the search (baseline, coarse, fine, k, …), or `CONFIRM`. `seed`:
+        of its random numbers, default the job's. The others: see `Evaluation`.
         """
         now = datetime.now(UTC)
         with self._session(write=True) as session:
@@ -262,6 +276,12 @@ class Store:
                 network_evaluations=0,
                 seconds=0.0,
                 started_at=now,
+                parameters=dict(parameters or {}),
+                seed=job.seed if seed is None else seed,
+                influence=b"",
+                metrics={},
+                key=key,
+                reused=reused,
             )
             session.add(row)
             session.flush()
@@ -283,9 +303,20 @@ class Store:
             session.flush()
 
     def report_rung(
-        self, evaluation_id: int, *, images: int, distance: float, network_evaluations: int, seconds: float
+        self,
+        evaluation_id: int,
+        *,
+        images: int,
+        distance: float,
+        network_evaluations: int,
+        seconds: float,
+        standard_error: float | None = None,
+        gain: float | None = None,
+        gain_error: float | None = None,
+        influence: bytes = b"",
+        metrics: Mapping[str, float] | None = None,
     ) -> Evaluation:
-        """Record the distance at `images` images, and what the evaluation has cost in all so far.
+        """Record the distance at `images` images, its error bars, and what the evaluation has cost in all so far.
 
         Image counts and costs only grow. LamtuneError for a distance that is not finite: fail the evaluation.
         """
@@ -303,6 +334,8 @@ class Store:
             row.images, row.distance = images, distance
             row.rungs = {**row.rungs, str(images): distance}
             row.network_evaluations, row.seconds = network_evaluations, seconds
+            row.standard_error, row.gain, row.gain_error = standard_error, gain, gain_error
+            row.influence, row.metrics = influence, dict(metrics or {})
         return row.record()
 
     def finish_evaluation(self, evaluation_id: int, *, pruned: bool = False) -> Evaluation:
@@ -333,40 +366,72 @@ class Store:
         query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
         return tuple(row.record() for row in session.scalars(query))
 
+    def known(self, key: str, images: int) -> Evaluation | None:
+        """An evaluation of any job that has measured what `key` names, on so many images or more; None: there is none.
+
+        A lower rung of a longer evaluation will do, since rungs count the same images from the first.
+        """
+        query = (
+            select(EvaluationRow)
+            .where(
+                EvaluationRow.key == key,
+                EvaluationRow.state.in_(("complete", "pruned")),
+                EvaluationRow.images >= images,
+            )
+            .order_by(EvaluationRow.images, EvaluationRow.id)
+        )
+        with self._session() as session:
+            return next(
+                (row.record() for row in session.scalars(query) if str(images) in row.rungs),
+                None,
+            )
+
     # ---- the best schedule
 
     def best(self, model: str, dataset: str, nfe: int, solver: str | None = None) -> Best:
         """The schedule of the lowest distance for a (model, dataset, NFE) and, if given, a solver.
 
-        Only complete evaluations at their job's full image count rank, and only among jobs of one group: the
-        same evaluator, image count, seed and model weights. The group of the newest job with a ranking
-        evaluation wins. Of equal distances the first evaluated wins, so λ = 1, which comes first, gives way
-        only to a gain. NotInStore if nothing ranks; the message lists what does.
+        Evaluations on fresh random numbers rank (phase `CONFIRM`, at their full image count); only where there is
+        none of them do the search's own complete ones. They rank among jobs of one group: the same evaluator, image
+        count, seed and model weights. The group of the newest job with a ranking evaluation wins. Of equal distances
+        the first evaluated wins, so λ = 1, which comes first, gives way only to a gain. NotInStore if nothing ranks;
+        the message lists what does.
         """
         asked = [JobRow.model == model, JobRow.dataset == dataset, JobRow.nfe == nfe]
         if solver is not None:
             asked.append(JobRow.solver == solver)
         with self._session() as session:
-            newest_first = _ranking(select(JobRow), *asked).order_by(JobRow.id.desc())
-            newest = session.scalars(newest_first.limit(1)).first()
+            for confirmed in (True, False):
+                newest_first = _ranking(select(JobRow), confirmed, *asked).order_by(JobRow.id.desc())
+                newest = session.scalars(newest_first.limit(1)).first()
+                if newest is not None:
+                    break
             if newest is None:
                 raise NotInStore(self._nearest(session, model, dataset, nfe, solver))
-            group = (
+            group = [
                 JobRow.evaluator_id == newest.evaluator_id,
-                JobRow.images == newest.images,
                 JobRow.seed == newest.seed,
                 JobRow.model_fingerprint == newest.model_fingerprint,
-            )
-            ranked = _ranking(select(EvaluationRow, JobRow), *asked, *group)
+                JobRow.confirm == newest.confirm if confirmed else JobRow.images == newest.images,
+            ]
+            ranked = _ranking(select(EvaluationRow, JobRow), confirmed, *asked, *group)
             ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
             winner, job = (row.record() for row in session.execute(ranked).one())
             tried = self._tried(session, job.id)
         assert winner.distance is not None
-        baselines = (
-            one.distance
-            for one in tried
-            if one.state == "complete" and one.images == job.images and set(one.lambdas) == {1.0}
+        baseline = next(
+            (
+                one
+                for one in tried
+                if one.state == "complete"
+                and (one.seed, one.images) == (winner.seed, winner.images)
+                and set(one.lambdas) == {1.0}
+                and not one.parameters
+            ),
+            None,
         )
+        searched = [one for one in tried if one.phase != CONFIRM]
+        confirming = [one for one in tried if one.phase == CONFIRM]
         return Best(
             model=job.model,
             model_fingerprint=job.model_fingerprint,
@@ -377,17 +442,26 @@ class Store:
             k=winner.k,
             b=winner.b,
             lambdas=winner.lambdas,
+            parameters=winner.parameters,
             distance=winner.distance,
-            baseline_distance=next(baselines, None),
-            images=job.images,
-            seed=job.seed,
+            standard_error=winner.standard_error,
+            baseline_distance=None if baseline is None else baseline.distance,
+            gain=winner.gain,
+            gain_error=winner.gain_error,
+            confirmed=confirmed,
+            images=winner.images,
+            seed=winner.seed,
+            metrics=winner.metrics,
             evaluator=job.evaluator.fingerprint,
             job_id=job.id,
             number=winner.number,
             status=job.status,
-            trials=len(tried),
-            network_evaluations=sum(one.network_evaluations for one in tried),
-            seconds=math.fsum(one.seconds for one in tried),
+            strategy=job.strategy,
+            trials=len(searched),
+            network_evaluations=sum(one.network_evaluations for one in searched),
+            seconds=math.fsum(one.seconds for one in searched),
+            confirm_network_evaluations=sum(one.network_evaluations for one in confirming),
+            confirm_seconds=math.fsum(one.seconds for one in confirming),
         )
 
     def _nearest(self, session: Session, model: str, dataset: str, nfe: int, solver: str | None) -> str:
@@ -395,7 +469,8 @@ class Store:
         wanted = f"model {model}, dataset {dataset}" + (f", solver {solver}" if solver else "")
         found: dict[str, list[int]] = {}
         columns = (JobRow.model, JobRow.dataset, JobRow.solver, JobRow.nfe)
-        known = _ranking(select(*columns)).distinct().order_by(*columns)
+        known = select(*columns).where(or_(_ranks(True), _ranks(False)), EvaluationRow.job_id == JobRow.id)
+        known = known.distinct().order_by(*columns)
         for name, data, by, steps in session.execute(known):
             found.setdefault(f"model {name}, dataset {data}, solver {by}", []).append(steps)
         message = f"the store {self.safe_url} has no result for {wanted}, NFE {nfe}"
@@ -435,11 +510,15 @@ class Store:
         raise LamtuneError(f"the store {self.safe_url} failed: {redacted(self._url, failure)}")
 
 
-def _ranking(query: _S, *conditions: ColumnElement[bool]) -> _S:
+def _ranks(confirmed: bool) -> ColumnElement[bool]:
+    """What ranks: complete evaluations at the full image count, of the confirmation or of the search itself."""
+    if confirmed:
+        full = and_(EvaluationRow.phase == CONFIRM, EvaluationRow.images == JobRow.confirm)
+    else:
+        full = and_(EvaluationRow.phase != CONFIRM, EvaluationRow.images == JobRow.images)
+    return and_(EvaluationRow.state == "complete", full)
+
+
+def _ranking(query: _S, confirmed: bool, *conditions: ColumnElement[bool]) -> _S:
     """`query` over jobs with those of their evaluations that rank and meet the conditions."""
-    return query.where(
-        EvaluationRow.job_id == JobRow.id,
-        EvaluationRow.state == "complete",
-        EvaluationRow.images == JobRow.images,
-        *conditions,
-    )
+    return query.where(EvaluationRow.job_id == JobRow.id, _ranks(confirmed), *conditions)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Double,
     ForeignKey,
     Index,
+    LargeBinary,
     MetaData,
     TypeDecorator,
     UniqueConstraint,
@@ -106,6 +107,8 @@ class JobRow(Base):
     seed: Mapped[int] = mapped_column(BigInteger)
     spec: Mapped[Mapping[str, Any]]
     evaluator_id: Mapped[int] = mapped_column(ForeignKey("lamtune_evaluators.id"))
+    confirm: Mapped[int] = mapped_column(server_default="0")
+    warm_start: Mapped[Mapping[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     status: Mapped[str]
     error: Mapped[str | None]
     created_at: Mapped[datetime]
@@ -130,6 +133,8 @@ class JobRow(Base):
             seed=self.seed,
             spec=self.spec,
             evaluator=self.evaluator.record(),
+            confirm=self.confirm,
+            warm_start=self.warm_start,
             status=cast(JobStatus, self.status),
             error=self.error,
             created_at=self.created_at,
@@ -150,6 +155,7 @@ class EvaluationRow(Base):
             "state <> 'complete' OR (distance IS NOT NULL AND distance > -1e308 AND distance < 1e308)",
             name="finite",
         ),
+        Index(None, "key"),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -169,6 +175,15 @@ class EvaluationRow(Base):
     error: Mapped[str | None]
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
+    parameters: Mapped[Mapping[str, Any]] = mapped_column(server_default="{}")
+    seed: Mapped[int] = mapped_column(BigInteger)
+    standard_error: Mapped[float | None]
+    gain: Mapped[float | None]
+    gain_error: Mapped[float | None]
+    influence: Mapped[bytes] = mapped_column(LargeBinary, server_default="")
+    metrics: Mapped[Mapping[str, Any]] = mapped_column(server_default="{}")
+    key: Mapped[str] = mapped_column(server_default="")
+    reused: Mapped[int | None]
 
     def record(self) -> Evaluation:
         """This row as a value."""
@@ -190,4 +205,13 @@ class EvaluationRow(Base):
             error=self.error,
             started_at=self.started_at,
             finished_at=self.finished_at,
+            parameters=self.parameters,
+            seed=self.seed,
+            standard_error=self.standard_error,
+            gain=self.gain,
+            gain_error=self.gain_error,
+            influence=self.influence or b"",  # SQLite keeps the default as an empty text
+            metrics=self.metrics,
+            key=self.key,
+            reused=self.reused,
         )

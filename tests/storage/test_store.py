@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from samplers.errors import InputError, LamtuneError
 from samplers.schedule import Schedule
-from storage import Best, Evaluation, Evaluator, Job, NewJob, NotInStore, Store, open_store
+from storage import CONFIRM, Best, Evaluation, Evaluator, Job, NewJob, NotInStore, Store, open_store
 from storage.connection import make_engine, parse
 
 ROOT = Path(__file__).parents[2]
@@ -296,6 +296,27 @@ class TestEvaluations:
         evaluated(store, other, 3, 1.0, 5.0)
         assert [one.number for one in store.evaluations(job.id)] == [0, 1, 2]
 
+    def test_what_was_measured_under_a_key_is_known_to_every_job_at_each_of_its_rungs(
+        self, store: Store
+    ) -> None:
+        first, second = (store.create_job(new_job(name)) for name in ("s", "t"))
+        schedule = Schedule.uniform(NFE, 1.01)
+        running = store.start_evaluation(first.id, 0, "b", schedule, key="k")
+        for images in (500, IMAGES):
+            store.report_rung(
+                running.id, images=images, distance=5.0, network_evaluations=images, seconds=1.0
+            )
+        assert store.known("k", 500) is None  # it may still fail
+        done = store.finish_evaluation(running.id)
+        assert store.known("k", 500) == store.known("k", IMAGES) == done
+        assert store.known("k", 250) is None  # more images than that, but no rung there
+        assert store.known("k", 2 * IMAGES) is None
+        assert store.known("other", 500) is None
+        copy = store.start_evaluation(
+            second.id, 0, "b", schedule, key="k", reused=done.id, seed=5, parameters={"eta": 0.5}
+        )
+        assert (copy.reused, copy.seed, copy.parameters, copy.key) == (done.id, 5, {"eta": 0.5}, "k")
+
     def test_every_write_to_an_evaluation_is_a_sign_of_life_of_its_job(self, store: Store) -> None:
         job = store.create_job(new_job("s"))
         seen = [job.updated_at]
@@ -328,18 +349,79 @@ class TestBest:
             k=0.001,
             b=1.01,
             lambdas=Schedule.linear(NFE, 0.001, 1.01).lambdas,
+            parameters={},
             distance=7.5,
+            standard_error=None,
             baseline_distance=10.0,
+            gain=None,
+            gain_error=None,
+            confirmed=False,
             images=IMAGES,
             seed=7,
+            metrics={},
             evaluator="e1",
             job_id=job.id,
             number=1,
             status="finished",
+            strategy="paper",
             trials=4,
             network_evaluations=3 * IMAGES * NFE + 2000,
             seconds=3 * IMAGES / 2 + 250.25,
+            confirm_network_evaluations=0,
+            confirm_seconds=0.0,
         )
+
+    def test_what_was_confirmed_on_fresh_random_numbers_ranks_before_what_the_search_found_by_luck(
+        self, store: Store
+    ) -> None:
+        job = store.create_job(new_job("s", confirm=2 * IMAGES))
+        evaluated(store, job, 0, 1.0, 10.0)
+        evaluated(store, job, 1, 1.02, 7.0)
+        assert not store.best("adm", "cifar10", NFE).confirmed
+
+        def confirm(number: int, b: float, distance: float, gain: float, images: int = 2 * IMAGES) -> None:
+            schedule = Schedule.uniform(NFE, b)
+            one = store.start_evaluation(job.id, number, CONFIRM, schedule, seed=99, parameters={})
+            store.report_rung(
+                one.id,
+                images=images,
+                distance=distance,
+                network_evaluations=images * NFE,
+                seconds=1.0,
+                standard_error=0.5,
+                gain=gain,
+                gain_error=0.25,
+                influence=b"\0\0\x80?",
+                metrics={"kid": 0.5},
+            )
+            store.finish_evaluation(one.id)
+
+        confirm(2, 1.0, 10.5, 0.0)
+        confirm(3, 1.02, 8.0, 2.5)
+        confirm(4, 1.03, 1.0, 9.5, images=IMAGES)  # too few to rank
+        best = store.best("adm", "cifar10", NFE)
+        assert (best.confirmed, best.b, best.distance, best.baseline_distance) == (True, 1.02, 8.0, 10.5)
+        assert (best.gain, best.gain_error, best.standard_error) == (2.5, 0.25, 0.5)
+        assert (best.seed, best.images, best.significant) == (99, 2 * IMAGES, True)
+        assert best.metrics == {"kid": 0.5}
+        assert (best.trials, best.network_evaluations) == (2, 2 * IMAGES * NFE)
+        assert (best.confirm_network_evaluations, best.confirm_seconds) == (5 * IMAGES * NFE, 3.0)
+        assert store.evaluations(job.id)[3].influence == b"\0\0\x80?"
+
+    def test_a_gain_within_two_standard_errors_is_not_significant(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        one = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.01))
+        store.report_rung(
+            one.id,
+            images=IMAGES,
+            distance=5.0,
+            network_evaluations=1,
+            seconds=1.0,
+            gain=1.0,
+            gain_error=0.6,
+        )
+        store.finish_evaluation(one.id)
+        assert store.best("adm", "cifar10", NFE).significant is False
 
     def test_running_failed_pruned_and_partial_evaluations_do_not_rank(self, store: Store) -> None:
         job = store.create_job(new_job("s"))

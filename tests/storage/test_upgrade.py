@@ -39,6 +39,36 @@ def test_the_migrations_make_what_the_classes_say_and_ignore_optunas_tables(url:
     engine.dispose()
 
 
+def test_a_database_of_the_first_version_keeps_its_evaluations_with_their_jobs_seed(url: str) -> None:
+    engine = make_engine(parse(url))
+    with engine.execution_options(write=True).begin() as connection:
+        command.upgrade(upgrade.alembic_config(connection), "0001")
+        connection.execute(
+            text("INSERT INTO lamtune_evaluators VALUES (1, 'e', 'digits', 8, 'r', '{}')"),
+        )
+        now = "'2026-01-01 00:00:00'"
+        connection.execute(
+            text(
+                "INSERT INTO lamtune_jobs VALUES (1, 's', 'm', 'f', 'd', 'ddpm', '{}', 4, 'paper', 100, 77, '{}', 1, "
+                f"'finished', NULL, {now}, {now}, {now})"
+            )
+        )
+        connection.execute(
+            text(
+                "INSERT INTO lamtune_evaluations VALUES (1, 1, 0, 'coarse', 0, 1.01, 1.01, '[1.01,1.01,1.01,1.01]', "
+                f"'complete', 100, 5.5, '{{\"100\": 5.5}}', 400, 1.5, NULL, {now}, {now})"
+            )
+        )
+    engine.dispose()
+    with open_store(url) as store:
+        (evaluation,) = store.evaluations(1)
+        assert (evaluation.seed, evaluation.distance, evaluation.rungs) == (77, 5.5, {100: 5.5})
+        assert (evaluation.parameters, evaluation.influence, evaluation.gain) == ({}, b"", None)
+        assert store.job(1).confirm == 0
+        best = store.best("m", "d", 4)
+        assert (best.distance, best.confirmed, best.significant) == (5.5, False, None)
+
+
 def test_a_database_of_a_newer_lamtune_is_refused_and_left_alone(url: str) -> None:
     open_store(url).close()
     engine = create_engine(parse(url))
