@@ -43,7 +43,7 @@ def submit(spec: JobSpec, store_url: str | None, console: Console | None = None)
     before anything starts where the job cannot run, LamtuneError where it went wrong.
     """
     console = console or Console()
-    with open_store(store_url) as store:
+    with open_store(store_url) as store, store.only_writer():
         resources = pool.available(spec)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             evaluator = Evaluator.load(

@@ -10,7 +10,7 @@ after a kill -9 the store holds everything that was reported.
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
 from types import TracebackType
@@ -25,6 +25,7 @@ from samplers.schedule import Schedule
 from storage import upgrade
 from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe
 from storage.errors import NotInStore
+from storage.lock import only_writer
 from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
 from storage.tables import EvaluationRow, EvaluatorRow, JobRow
 
@@ -79,6 +80,10 @@ class Store:
     def close(self) -> None:
         """Close all connections; Optuna storages from this store stay usable."""
         self._readers.dispose()
+
+    def only_writer(self) -> AbstractContextManager[None]:
+        """Hold the store while a search writes to it; see `lock.only_writer`."""
+        return only_writer(self._url)
 
     def _upgrade(self) -> None:
         failure: Exception | None = None

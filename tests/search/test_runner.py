@@ -189,6 +189,14 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ra
             runner.submit(parse(JOB, "job.yaml", tmp_path), store.safe_url, quiet)
 
 
+def test_a_second_search_on_a_sqlite_file_is_sent_to_postgresql(tmp_path, quiet):
+    url = f"sqlite:///{tmp_path}/store.db"
+    with open_store(url) as store, store.only_writer():
+        with pytest.raises(InputError, match="SQLite serves one process.*postgresql://"):
+            runner.submit(parse(JOB, "job.yaml", tmp_path), url, quiet)
+        assert store.jobs() == ()
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_worker_costs_its_calls_and_changes_no_distance(tmp_path, quiet):
     job = changed("search", images=3000, rungs=[1000])
