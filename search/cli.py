@@ -168,6 +168,30 @@ def serve(host: str, port: int, token_file: Path | None, store: str) -> None:
 main.add_command(serve, "dashboard")
 
 
+@main.group("store")
+def store_group() -> None:
+    """Look after the store's tables."""
+
+
+@store_group.command()
+@_store_option
+def upgrade(store: str) -> None:
+    """Bring the store's tables to this program's version, as every command does that opens it."""
+    from storage import check_store, open_store
+
+    open_store(store).close()
+    click.echo(f"schema version {check_store(store)}")
+
+
+@store_group.command()
+@_store_option
+def check(store: str) -> None:
+    """Say whether the store's tables are of this program's version, and change nothing."""
+    from storage import check_store
+
+    click.echo(f"schema version {check_store(store)}, up to date")
+
+
 @main.command()
 @click.argument("images", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="STATS.npz")

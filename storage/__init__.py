@@ -5,7 +5,7 @@ Knows nothing of torch, images or strategies.
 
 from storage.errors import NotInStore
 from storage.records import CONFIRM, Best, Evaluation, EvaluationState, Evaluator, Job, JobStatus, NewJob
-from storage.store import Store, open_store
+from storage.store import Store, check_store, open_store
 
 __all__ = [
     "CONFIRM",
@@ -18,5 +18,6 @@ __all__ = [
     "NewJob",
     "NotInStore",
     "Store",
+    "check_store",
     "open_store",
 ]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -46,6 +47,43 @@ def open_store(url: str | None = None) -> "Store":
     where the URL cannot be read, opened or written, psycopg is missing, or a newer lamtune has been there.
     """
     return Store(parse(url or default_url()))
+
+
+def check_store(url: str | None = None) -> str:
+    """The schema version of the store at `url`, which is not changed, if it is this lamtune's.
+
+    LamtuneError where its tables are older, or missing; InputError as `open_store`.
+    """
+    parsed = parse(url or default_url())
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+        raise LamtuneError(
+            f"the store {safe(parsed)} does not exist yet: the first command that opens it makes it"
+        )
+    engine = make_engine(parsed)
+    try:
+        with _opening(parsed), engine.begin() as connection:
+            found = upgrade.version(connection)
+            upgrade.refuse_newer(found, safe(parsed))
+    finally:
+        engine.dispose()
+    if found != upgrade.HEAD:
+        raise LamtuneError(
+            f"the store {safe(parsed)} has schema version {found or 'none'} and this lamtune uses {upgrade.HEAD}: "
+            "`lamtune store upgrade`, or the next command that opens it, brings it there"
+        )
+    return found
+
+
+@contextmanager
+def _opening(url: URL) -> Iterator[None]:
+    """The database's errors come out as InputError that the store cannot be opened."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (SQLAlchemyError, OSError, UnicodeError) as error:
+        failure = error
+    if failure is not None:  # raised out here, so that the driver's error is not chained
+        raise InputError(f"the store {safe(url)} cannot be opened: {redacted(url, failure)}")
 
 
 class Store:
@@ -86,19 +124,13 @@ class Store:
         return only_writer(self._url)
 
     def _upgrade(self) -> None:
-        failure: Exception | None = None
-        try:
-            with self._writers.begin() as connection:
-                found = upgrade.version(connection)
-                upgrade.refuse_newer(found, self.safe_url)
-                if found == upgrade.HEAD:
-                    upgrade.check_writable(connection)
-                else:
-                    upgrade.upgrade(connection, self.safe_url)
-        except (SQLAlchemyError, OSError, UnicodeError) as error:
-            failure = error
-        if failure is not None:  # raised out here, so that the driver's error is not chained
-            raise InputError(f"the store {self.safe_url} cannot be opened: {redacted(self._url, failure)}")
+        with _opening(self._url), self._writers.begin() as connection:
+            found = upgrade.version(connection)
+            upgrade.refuse_newer(found, self.safe_url)
+            if found == upgrade.HEAD:
+                upgrade.check_writable(connection)
+            else:
+                upgrade.upgrade(connection, self.safe_url)
 
     @contextmanager
     def _session(self, *, write: bool = False) -> Iterator[Session]:

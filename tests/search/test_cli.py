@@ -174,6 +174,15 @@ def test_a_store_that_cannot_be_opened_exits_2_without_its_password(tmp_path):
     assert run("jobs", "--store", f"sqlite:///{tmp_path}/no/folder/s.db").exit_code == 2
 
 
+def test_store_check_and_upgrade_say_how_the_tables_are(url):
+    absent = run("store", "check", "--store", url)
+    assert (absent.exit_code, "does not exist yet" in absent.output) == (1, True)
+    upgraded = run("store", "upgrade", "--store", url)
+    assert (upgraded.exit_code, upgraded.output[:15]) == (0, "schema version ")
+    checked = run("store", "check", LAMTUNE_STORE=url)
+    assert (checked.exit_code, checked.output) == (0, upgraded.output.replace("\n", ", up to date\n"))
+
+
 def test_reference_writes_statistics_that_a_job_can_use(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
