@@ -91,14 +91,16 @@ def submit(job: Path, store: str) -> None:
 
 
 @main.command()
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="So many at most.")
+@click.option("--before", type=int, metavar="ID", help="Only jobs older than this one: the next page.")
 @_store_option
 @_json_option
-def jobs(store: str, as_json: bool) -> None:
+def jobs(limit: int, before: int | None, store: str, as_json: bool) -> None:
     """List the searches in the store, newest first."""
     from storage import open_store
 
     with open_store(store) as opened:
-        found = opened.jobs()
+        found = opened.jobs(limit=limit, before_id=before)
     rows = [
         {
             "id": j.id,
@@ -112,6 +114,8 @@ def jobs(store: str, as_json: bool) -> None:
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
+    elif not rows and before is not None:
+        click.echo(f"no job is older than {before}")
     elif not rows:
         click.echo("no jobs yet: try `lamtune demo` or `lamtune submit JOB.yaml`")
     else:
@@ -121,6 +125,8 @@ def jobs(store: str, as_json: bool) -> None:
             click.echo(
                 "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
             )
+        if len(rows) == limit and found[-1].id > 1:
+            click.echo(f"older ones: lamtune jobs --before {found[-1].id}")
 
 
 @main.command()

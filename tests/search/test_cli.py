@@ -98,6 +98,20 @@ def test_best_and_jobs_answer_in_the_agreed_words(submitted, url):
     assert f"{answer['distance']:.4f}" in text
 
 
+def test_jobs_come_by_pages(submitted, url, tmp_path):
+    (tmp_path / "job.yaml").write_text(JOB.format(nfe="[3, 4]"))
+    assert run("submit", tmp_path / "job.yaml", "--store", url).exit_code == 0
+    page = run("jobs", "--limit", 2, "--store", url)
+    assert page.output.splitlines()[-1] == "older ones: lamtune jobs --before 2"
+    assert [job["id"] for job in json.loads(run("jobs", "--limit", 2, "--json", "--store", url).output)] == [
+        3,
+        2,
+    ]
+    rest = run("jobs", "--limit", 2, "--before", 2, "--store", url).output.splitlines()
+    assert [line.split()[0] for line in rest] == ["id", "1"]
+    assert run("jobs", "--before", 1, "--store", url).output == "no job is older than 1\n"
+
+
 def test_an_unknown_model_exits_1_and_says_what_the_store_has(submitted, url):
     result = run("best", "--model", "gaus", "--dataset", "digits", "--nfe", 5, "--store", url)
     assert result.exit_code == 1
