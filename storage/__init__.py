@@ -13,12 +13,24 @@ For programs, the command line included:
 Knows nothing of torch, images or strategies.
 """
 
+from storage.connection import refuse_secret, refuse_sqlite
 from storage.errors import NotInStore
-from storage.records import CONFIRM, Best, Evaluation, EvaluationState, Evaluator, Job, JobStatus, NewJob
+from storage.records import (
+    CONFIRM,
+    STALE_S,
+    Best,
+    Evaluation,
+    EvaluationState,
+    Evaluator,
+    Job,
+    JobStatus,
+    NewJob,
+)
 from storage.store import Store, check_store, open_store
 
 __all__ = [
     "CONFIRM",
+    "STALE_S",
     "Best",
     "Evaluation",
     "EvaluationState",
@@ -30,4 +42,6 @@ __all__ = [
     "Store",
     "check_store",
     "open_store",
+    "refuse_secret",
+    "refuse_sqlite",
 ]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _S = TypeVar("_S", bound=Select[*tuple[Any, ...]])
 
 _OVER = ("finished", "failed", "cancelled")
+_HELD = (JobRow.status == "running") | ((JobRow.status == "cancelled") & JobRow.finished_at.is_(None))
 _NEAREST = 8  # how many combinations NotInStore names
 
 
@@ -253,12 +254,13 @@ class Store:
         """Make the caller the job's one writer, and the job running; False if another process holds it.
 
         A running job is held while its last sign of life (`Job.updated_at`) is younger than `stale_after`
-        seconds, so call `heartbeat` more often than that. One statement decides, so of two callers one gets
-        the job. The hosts' clocks must agree better than `stale_after`. NotInStore if there is no such job.
+        seconds, so call `heartbeat` more often than that; one that is being cancelled, until its process has said so.
+        One statement decides, so of two callers one gets the job. The hosts' clocks must agree better than
+        `stale_after`. NotInStore if there is no such job.
         """
         now = datetime.now(UTC)
         stale = JobRow.updated_at < now - timedelta(seconds=stale_after)
-        free = update(JobRow).where(JobRow.id == job_id, (JobRow.status != "running") | stale)
+        free = update(JobRow).where(JobRow.id == job_id, ~_HELD | stale)
         with self._session(write=True) as session:
             self._job(session, job_id)
             taken = session.execute(
@@ -266,6 +268,27 @@ class Store:
             )
             assert isinstance(taken, CursorResult)
             return bool(taken.rowcount)
+
+    def cancel(self, job_id: int, *, stale_after: float) -> Job:
+        """Cancel a job: its process, if one holds it (see `claim`), learns so from its next heartbeat.
+
+        LamtuneError if the job is over already, NotInStore if there is none with that id.
+        """
+        now = datetime.now(UTC)
+        with self._session(write=True) as session:
+            row = self._job(session, job_id)
+            if row.finished_at is not None:
+                raise LamtuneError(f"job {job_id} is {row.status} already")
+            alive = row.status in ("running", "cancelled") and row.updated_at >= now - timedelta(
+                seconds=stale_after
+            )
+            row.status, row.error, row.finished_at = (
+                "cancelled",
+                "cancelled on request",
+                None if alive else now,
+            )
+            session.flush()
+            return row.record()
 
     def heartbeat(self, job_id: int) -> JobStatus:
         """Record a sign of life; return the status, which another process may have set to cancelled."""

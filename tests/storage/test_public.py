@@ -13,6 +13,7 @@ REQUIRED = inspect.Parameter.empty
 def test_the_package_exports_these_names_and_no_others():
     assert set(storage.__all__) == {
         "CONFIRM",
+        "STALE_S",
         "Best",
         "Evaluation",
         "EvaluationState",
@@ -24,6 +25,8 @@ def test_the_package_exports_these_names_and_no_others():
         "Store",
         "check_store",
         "open_store",
+        "refuse_secret",
+        "refuse_sqlite",
     }
     assert all(hasattr(storage, name) for name in storage.__all__)
 
