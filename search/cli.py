@@ -8,11 +8,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from samplers.errors import InputError, LamtuneError
+
+if TYPE_CHECKING:
+    from search.cluster import Cluster
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DEFAULT_STORE = "sqlite:///lamtune.db"
@@ -39,6 +43,12 @@ def _store_option(command: Any) -> Any:
     )(command)
 
 
+_cluster_option = click.option(
+    "--cluster",
+    envvar="LAMTUNE_CLUSTER",
+    metavar="ADDRESS",
+    help="The job server of a Ray cluster, http://HEAD:8265.  [env: LAMTUNE_CLUSTER]",
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -70,9 +80,21 @@ def demo(store: str) -> None:
 
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.yaml")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where the job's relative paths start.  [default: the job file's folder]",
+)
+@_cluster_option
+@click.option(
+    "--wait", is_flag=True, help="With --cluster ADDRESS: show the job's output until it has ended."
+)
 @_store_option
-def submit(job: Path, store: str) -> None:
-    """Run the search that a job file describes, on this machine.
+@click.pass_context
+def submit(
+    ctx: click.Context, job: Path, folder: Path | None, cluster: str | None, wait: bool, store: str
+) -> None:
+    """Run the search that a job file describes, on this machine or on a Ray cluster.
 
     \b
     A job file:
@@ -82,12 +104,106 @@ def submit(job: Path, store: str) -> None:
       sampling:  {solver: ddpm, nfe: [20, 50]}                    # ddpm, ddim, euler, heun, …
       search:    {strategy: paper, images: 10000, seed: 0}
 
-    A job that was interrupted goes on where it stopped when it is submitted again.
-    """
-    from search.runner import submit as run
-    from search.spec import load
+    A job that was interrupted goes on where it stopped when it is submitted again. `-` reads the standard input.
 
-    run(load(job), store)
+    With --cluster http://HEAD:8265 the job is sent there, and its id printed at once. Its paths are those of the
+    cluster's nodes, and its store is the cluster's own LAMTUNE_STORE, or a --store URL without a password.
+    --cluster auto runs it from here on the cluster that this machine belongs to.
+    """
+    from search.spec import loads, read
+    from storage import refuse_secret, refuse_sqlite
+
+    text = read(job)
+    spec = loads(text, str(job), job.parent if folder is None else folder)
+    if cluster is None:
+        from search.runner import submit as run
+
+        run(spec, store)
+        return
+    source = ctx.get_parameter_source("store")
+    given = source is not ParameterSource.DEFAULT
+    if cluster == "auto":
+        from search.runner import submit as run
+
+        if not given:
+            raise InputError("--cluster auto: there is no store: set LAMTUNE_STORE where the cluster runs")
+        refuse_sqlite(store)
+        run(spec, store, cluster=True)
+        return
+    named = store if source is ParameterSource.COMMANDLINE else None  # what the environment holds stays here
+    if named is not None:
+        refuse_sqlite(named)
+        refuse_secret(named)
+    from search.cluster import Cluster
+
+    there = Cluster(cluster)
+    name, new = there.submit(spec, text, named)
+    click.echo(name)
+    if not new:
+        click.echo("this job is there already and has not ended", err=True)
+    if wait:
+        ended = there.follow(name, lambda text: click.echo(text, nl=False))
+        if ended.status != "SUCCEEDED":
+            click.echo(f"lamtune: {name}: {ended.status}: {ended.message}", err=True)
+            sys.exit(ended.exit_code or 1)
+
+
+@main.command()
+@click.argument("job", metavar="ID")
+@_cluster_option
+@_store_option
+def status(job: str, cluster: str | None, store: str) -> None:
+    """Show how a job is: by its number in the store, or a submission by its name on the cluster."""
+    if not job.isdecimal():
+        found = _cluster(cluster).submission(job)
+        click.echo(f"{found.id}: {found.status}" + (f": {found.message}" if found.message else ""))
+        return
+    from search.report import job_as_text
+    from storage import open_store
+
+    with open_store(store) as opened:
+        click.echo(job_as_text(opened.job(int(job)), opened.evaluations(int(job))))
+
+
+@main.command()
+@click.argument("submission", metavar="NAME")
+@click.option("--follow", is_flag=True, help="Go on until it has ended.")
+@_cluster_option
+def logs(submission: str, follow: bool, cluster: str | None) -> None:
+    """Print what a submission on a cluster has printed; `lamtune submit --cluster` gave its name."""
+    there = _cluster(cluster)
+    if follow:
+        there.follow(submission, lambda text: click.echo(text, nl=False))
+    else:
+        click.echo(there.logs(submission), nl=False)
+
+
+@main.command()
+@click.argument("job", metavar="ID")
+@_cluster_option
+@_store_option
+def cancel(job: str, cluster: str | None, store: str) -> None:
+    """Cancel a job by its number in the store, or a submission by its name on the cluster.
+
+    What was measured stays; submit the job again to go on.
+    """
+    if not job.isdecimal():
+        _cluster(cluster).stop(job)
+        return
+    from storage import STALE_S, open_store
+
+    with open_store(store) as opened:
+        found = opened.cancel(int(job), stale_after=STALE_S)
+    if found.finished_at is None:
+        click.echo(f"job {job} will stop within some seconds")
+
+
+def _cluster(address: str | None) -> "Cluster":
+    if address is None or address == "auto":
+        raise InputError("which cluster? Give --cluster http://HEAD:8265 or set LAMTUNE_CLUSTER")
+    from search.cluster import Cluster
+
+    return Cluster(address)
 
 
 @main.command()
