@@ -5,13 +5,18 @@ at once. Catches only LamtuneError: anything else is a bug and shows its traceba
 """
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from samplers.errors import InputError, LamtuneError
+
+if TYPE_CHECKING:
+    from search.cluster import Cluster
 
 DEMO = Path(__file__).with_name("demo.yaml")
 DEFAULT_STORE = "sqlite:///lamtune.db"
@@ -38,6 +43,12 @@ def _store_option(command: Any) -> Any:
     )(command)
 
 
+_cluster_option = click.option(
+    "--cluster",
+    envvar="LAMTUNE_CLUSTER",
+    metavar="ADDRESS",
+    help="The job server of a Ray cluster, http://HEAD:8265.  [env: LAMTUNE_CLUSTER]",
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -69,9 +80,21 @@ def demo(store: str) -> None:
 
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.yaml")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where the job's relative paths start.  [default: the job file's folder]",
+)
+@_cluster_option
+@click.option(
+    "--wait", is_flag=True, help="With --cluster ADDRESS: show the job's output until it has ended."
+)
 @_store_option
-def submit(job: Path, store: str) -> None:
-    """Run the search that a job file describes, on this machine.
+@click.pass_context
+def submit(
+    ctx: click.Context, job: Path, folder: Path | None, cluster: str | None, wait: bool, store: str
+) -> None:
+    """Run the search that a job file describes, on this machine or on a Ray cluster.
 
     \b
     A job file:
@@ -81,23 +104,119 @@ def submit(job: Path, store: str) -> None:
       sampling:  {solver: ddpm, nfe: [20, 50]}                    # ddpm, ddim, euler, heun, …
       search:    {strategy: paper, images: 10000, seed: 0}
 
-    A job that was interrupted goes on where it stopped when it is submitted again.
-    """
-    from search.runner import submit as run
-    from search.spec import load
+    A job that was interrupted goes on where it stopped when it is submitted again. `-` reads the standard input.
 
-    run(load(job), store)
+    With --cluster http://HEAD:8265 the job is sent there, and its id printed at once. Its paths are those of the
+    cluster's nodes, and its store is the cluster's own LAMTUNE_STORE, or a --store URL without a password.
+    --cluster auto runs it from here on the cluster that this machine belongs to.
+    """
+    from search.spec import loads, read
+    from storage import refuse_secret, refuse_sqlite
+
+    text = read(job)
+    spec = loads(text, str(job), job.parent if folder is None else folder)
+    if cluster is None:
+        from search.runner import submit as run
+
+        run(spec, store)
+        return
+    source = ctx.get_parameter_source("store")
+    given = source is not ParameterSource.DEFAULT
+    if cluster == "auto":
+        from search.runner import submit as run
+
+        if not given:
+            raise InputError("--cluster auto: there is no store: set LAMTUNE_STORE where the cluster runs")
+        refuse_sqlite(store)
+        run(spec, store, cluster=True)
+        return
+    named = store if source is ParameterSource.COMMANDLINE else None  # what the environment holds stays here
+    if named is not None:
+        refuse_sqlite(named)
+        refuse_secret(named)
+    from search.cluster import Cluster
+
+    there = Cluster(cluster)
+    name, new = there.submit(spec, text, named)
+    click.echo(name)
+    if not new:
+        click.echo("this job is there already and has not ended", err=True)
+    if wait:
+        ended = there.follow(name, lambda text: click.echo(text, nl=False))
+        if ended.status != "SUCCEEDED":
+            click.echo(f"lamtune: {name}: {ended.status}: {ended.message}", err=True)
+            sys.exit(ended.exit_code or 1)
 
 
 @main.command()
+@click.argument("job", metavar="ID")
+@_cluster_option
+@_store_option
+def status(job: str, cluster: str | None, store: str) -> None:
+    """Show how a job is: by its number in the store, or a submission by its name on the cluster."""
+    if not job.isdecimal():
+        found = _cluster(cluster).submission(job)
+        click.echo(f"{found.id}: {found.status}" + (f": {found.message}" if found.message else ""))
+        return
+    from search.report import job_as_text
+    from storage import open_store
+
+    with open_store(store) as opened:
+        click.echo(job_as_text(opened.job(int(job)), opened.evaluations(int(job))))
+
+
+@main.command()
+@click.argument("submission", metavar="NAME")
+@click.option("--follow", is_flag=True, help="Go on until it has ended.")
+@_cluster_option
+def logs(submission: str, follow: bool, cluster: str | None) -> None:
+    """Print what a submission on a cluster has printed; `lamtune submit --cluster` gave its name."""
+    there = _cluster(cluster)
+    if follow:
+        there.follow(submission, lambda text: click.echo(text, nl=False))
+    else:
+        click.echo(there.logs(submission), nl=False)
+
+
+@main.command()
+@click.argument("job", metavar="ID")
+@_cluster_option
+@_store_option
+def cancel(job: str, cluster: str | None, store: str) -> None:
+    """Cancel a job by its number in the store, or a submission by its name on the cluster.
+
+    What was measured stays; submit the job again to go on.
+    """
+    if not job.isdecimal():
+        _cluster(cluster).stop(job)
+        return
+    from storage import STALE_S, open_store
+
+    with open_store(store) as opened:
+        found = opened.cancel(int(job), stale_after=STALE_S)
+    if found.finished_at is None:
+        click.echo(f"job {job} will stop within some seconds")
+
+
+def _cluster(address: str | None) -> "Cluster":
+    if address is None or address == "auto":
+        raise InputError("which cluster? Give --cluster http://HEAD:8265 or set LAMTUNE_CLUSTER")
+    from search.cluster import Cluster
+
+    return Cluster(address)
+
+
+@main.command()
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="So many at most.")
+@click.option("--before", type=int, metavar="ID", help="Only jobs older than this one: the next page.")
 @_store_option
 @_json_option
-def jobs(store: str, as_json: bool) -> None:
+def jobs(limit: int, before: int | None, store: str, as_json: bool) -> None:
     """List the searches in the store, newest first."""
     from storage import open_store
 
     with open_store(store) as opened:
-        found = opened.jobs()
+        found = opened.jobs(limit=limit, before_id=before)
     rows = [
         {
             "id": j.id,
@@ -111,6 +230,8 @@ def jobs(store: str, as_json: bool) -> None:
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
+    elif not rows and before is not None:
+        click.echo(f"no job is older than {before}")
     elif not rows:
         click.echo("no jobs yet: try `lamtune demo` or `lamtune submit JOB.yaml`")
     else:
@@ -120,6 +241,8 @@ def jobs(store: str, as_json: bool) -> None:
             click.echo(
                 "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
             )
+        if len(rows) == limit and found[-1].id > 1:
+            click.echo(f"older ones: lamtune jobs --before {found[-1].id}")
 
 
 @main.command()
@@ -140,17 +263,55 @@ def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_
 
 
 @main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file with the token that requests must bring.  [default: the environment's LAMTUNE_TOKEN]",
+)
 @_store_option
-def dashboard(port: int, store: str) -> None:
-    """Serve the Optuna dashboard of the store on this machine (loopback only: it has no login)."""
+def serve(host: str, port: int, token_file: Path | None, store: str) -> None:
+    """Serve the store over HTTP, to read: Optuna's dashboard, /api/best, /api/jobs and /api/health.
+
+    On this machine alone (loopback) no token is needed. Browsers give it as the password, with any user name;
+    programs as `Authorization: Bearer TOKEN`. GET /api/openapi.json describes the API.
+    """
+    from search import service
     from storage import open_store
 
+    token = service.token_for(host, token_file, os.environ.get("LAMTUNE_TOKEN"))
     with open_store(store) as opened:
-        from optuna_dashboard import run_server
+        click.echo(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
+        service.serve(opened, host, port, token)
 
-        click.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        run_server(opened.optuna_storage(), host="127.0.0.1", port=port)
+
+main.add_command(serve, "dashboard")
+
+
+@main.group("store")
+def store_group() -> None:
+    """Look after the store's tables."""
+
+
+@store_group.command()
+@_store_option
+def upgrade(store: str) -> None:
+    """Bring the store's tables to this program's version, as every command does that opens it."""
+    from storage import check_store, open_store
+
+    open_store(store).close()
+    click.echo(f"schema version {check_store(store)}")
+
+
+@store_group.command()
+@_store_option
+def check(store: str) -> None:
+    """Say whether the store's tables are of this program's version, and change nothing."""
+    from storage import check_store
+
+    click.echo(f"schema version {check_store(store)}, up to date")
 
 
 @main.command()

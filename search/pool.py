@@ -1,19 +1,23 @@
-"""Starts and ends the sampler workers: as many Ray actors as this machine has room for; they outlive trials.
+"""Starts and ends the sampler workers: as many Ray actors as there is room for; they outlive trials.
 
-Knows nothing of trials, strategies or the store.
+Room is on this machine, or on a Ray cluster that several jobs share. Knows nothing of trials, strategies or the store.
 """
 
+import math
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from objectives.reference import Reference
-from samplers.errors import InputError
+from samplers.errors import InputError, LamtuneError
 from search.evaluator import BLOCK
 from search.spec import JobSpec
 from search.worker import SamplerWorker
@@ -21,15 +25,36 @@ from search.worker import SamplerWorker
 # Images per call: enough that the call costs nothing beside its work, few enough that a lost one is no loss.
 _UNIT = {"cuda": 8 * BLOCK, "cpu": 2 * BLOCK}
 _RESTARTS = 3  # how often a worker that dies is started again, and a call that died with it repeated
+_GATHER_S = 30.0  # how long the others may take to get their places once one worker has its own
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine: Ray's resources (CPU, GPU, …) and labels. `id`: of Ray's node, None for this machine without Ray."""
+
+    name: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+    id: str | None = None
+
+    def room(self, each: Mapping[str, float]) -> int:
+        """How many workers fit that need `each` of the resources."""
+        rooms = (math.floor(self.resources.get(name, 0) / need + 1e-9) for name, need in each.items() if need)
+        return min(rooms, default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What this machine gives a job: `workers` processes, a GPU each or `threads` processor cores each."""
+    """What a job gets: `workers` processes on `device`, each with `threads`, and what Ray sets aside for each.
+
+    `needs`: Ray's resources of one worker. `labels`: of the nodes that it may run on.
+    """
 
     device: str
     workers: int
     threads: int
+    needs: Mapping[str, float]
+    labels: Mapping[str, str]
 
     @property
     def unit(self) -> int:
@@ -37,36 +62,141 @@ class Resources:
         return _UNIT[self.device]
 
 
-def available(spec: JobSpec) -> Resources:
-    """Workers for a job on this machine. Raises InputError where more GPUs are asked for than there are."""
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    asked = spec.resources.workers
-    if gpus:
-        workers = gpus if asked == "auto" else asked
-        if workers > gpus:
-            raise InputError(
-                f"resources.workers: {workers} were asked for, but this machine has {gpus} GPU(s)"
+def this_machine() -> Node:
+    """The processor cores and GPUs that this process may use."""
+    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return Node(socket.gethostname(), {"CPU": cores, "GPU": gpus}, {})
+
+
+def cluster() -> list[Node]:
+    """The living nodes of the Ray cluster that this process is attached to."""
+    return [
+        Node(node["NodeManagerHostname"], node["Resources"], node.get("Labels") or {}, node["NodeID"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+
+
+def suitable(spec: JobSpec, nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with the labels and custom resources of the job. Raises InputError where there is none."""
+    asked = spec.resources
+    found = [
+        node
+        for node in nodes
+        if asked.labels.items() <= dict(node.labels).items() and (not asked.custom or node.room(asked.custom))
+    ]
+    if not found:
+        key = "labels" if asked.labels else "custom"
+        raise InputError(
+            f"resources.{key}: no node has {asked.labels or asked.custom}; there are "
+            + "; ".join(f"{node.name} with {_described(node)}" for node in nodes)
+        )
+    return found
+
+
+def _described(node: Node) -> str:
+    own = {name: value for name, value in node.resources.items() if not name.startswith("node:")}
+    return ", ".join(f"{name}: {value:g}" for name, value in own.items()) + (
+        f", {dict(node.labels)}" if node.labels else ""
+    )
+
+
+def available(spec: JobSpec, nodes: Sequence[Node]) -> Resources:
+    """Workers for a job on `nodes`, as if it were alone there.
+
+    Raises InputError where not one fits, or more GPUs of a single machine are asked for than it has. On a cluster a
+    number of workers is taken at its word: nodes may come.
+    """
+    asked = spec.resources
+    nodes = suitable(spec, nodes)
+    alone = nodes[0].id is None
+    has_gpus = any(node.resources.get("GPU", 0) for node in nodes)
+    gpus = (1.0 if has_gpus else 0.0) if asked.gpus == "auto" else asked.gpus
+    if asked.cpus != "auto":
+        cpus = asked.cpus
+    elif gpus:
+        cpus = 0  # a GPU's worker is not kept waiting for a core
+    elif alone and asked.workers != "auto":
+        cpus = max(1, int(nodes[0].resources["CPU"]) // asked.workers)
+    else:
+        cpus = 1
+    needs = {"CPU": cpus, "GPU": gpus, **asked.custom}
+    room = sum(node.room(needs) for node in nodes)
+    workers = room if asked.workers == "auto" else asked.workers
+    if not workers or (alone and gpus and workers > room):
+        where = (
+            f"this machine has {nodes[0].resources.get('GPU', 0):g} GPU(s)" if alone else "no node has room"
+        )
+        raise InputError(
+            f"resources.workers: {asked.workers} were asked for, each with {gpus:g} GPU(s), but {where}"
+            + ("" if alone else ": name a number of workers to wait for nodes that come")
+        )
+    threads = cpus or max(1, int(min(n.resources.get("CPU", 1) // (n.room(needs) + 1) for n in nodes)))
+    return Resources("cuda" if gpus else "cpu", workers, threads, needs, asked.labels)
+
+
+def check_files(spec: JobSpec, nodes: Sequence[Node], files: Mapping[str, Path]) -> None:
+    """Raise InputError where a node of the cluster that may get a worker does not see the files as this process does.
+
+    files: key in the job → file or folder; files must have the same size. Takes no resources of the nodes.
+    """
+    here = {key: (str(path), path.stat().st_size if path.is_file() else None) for key, path in files.items()}
+    answers = []
+    for node in suitable(spec, nodes):
+        there = NodeAffinitySchedulingStrategy(str(node.id), soft=False)
+        look = ray.remote(_unseen).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        answers.append((node, look.remote(here)))
+    problems = [f"{text} (node {node.name})" for node, answer in answers for text in ray.get(answer)]
+    if problems:
+        raise InputError("\n".join([*problems, "all nodes must see the same files under the same paths"]))
+
+
+def _unseen(files: Mapping[str, tuple[str, int | None]]) -> list[str]:
+    """What is missing or different here: files and their sizes in bytes, None for a folder."""
+    problems = []
+    for key, (text, size) in files.items():
+        path = Path(text)
+        if not path.exists():
+            problems.append(f"{key}: {text}: no such file or folder")
+        elif size is not None and path.stat().st_size != size:
+            problems.append(
+                f"{key}: {text}: {path.stat().st_size:,} bytes, and {size:,} where the job was started"
             )
-        return Resources("cuda", workers, max(1, cores // (workers + 1)))
-    workers = cores if asked == "auto" else asked
-    return Resources("cpu", workers, max(1, cores // workers))
+    return problems
 
 
 def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> list[ActorHandle[Any]]:
-    """Start the workers and wait until all are ready. Ray must be initialised."""
-    gpu = resources.device == "cuda"
+    """Start the workers and wait until they are ready. Ray must be initialised.
+
+    Where others use the cluster too, it waits for one to get its place, and goes on with those that have theirs
+    shortly after: two jobs that waited for all would wait for each other.
+    """
+    needs = dict(resources.needs)
     actor = ray.remote(SamplerWorker).options(
-        num_gpus=1 if gpu else 0,
-        num_cpus=0 if gpu else resources.threads,
+        num_cpus=needs.pop("CPU"),
+        num_gpus=needs.pop("GPU"),
+        resources=needs,
+        label_selector=dict(resources.labels),
         max_restarts=_RESTARTS,
         max_task_retries=_RESTARTS,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
     )
-    workers: list[Any] = [
-        actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
-    ]
+    asked: dict[Any, Any] = {}
+    for _ in range(resources.workers):
+        worker: Any = actor.remote(spec, resources.device, resources.threads)
+        asked[worker.placed.remote()] = worker
+    ray.wait(list(asked), num_returns=1)
+    placed, late = ray.wait(list(asked), num_returns=len(asked), timeout=_GATHER_S)
+    stop_workers([asked[one] for one in late])
+    workers = [worker for one, worker in asked.items() if one in placed]
     shared = ray.put(reference)
-    ray.get([worker.load.remote(shared) for worker in workers])
+    try:
+        ray.get([worker.load.remote(shared) for worker in workers])
+    except ray.exceptions.RayTaskError as error:
+        stop_workers(workers)
+        if isinstance(error.cause, LamtuneError):
+            raise error.cause from None  # without the frames of Ray around it
+        raise
     return workers
 
 

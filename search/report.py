@@ -1,8 +1,12 @@
 """Writes results for people and for programs. Knows the store's records and nothing of how they came about."""
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
-from storage import Best
+from storage import STALE_S, Best, Evaluation, Job
 
 _ORDER = (
     "model",
@@ -35,15 +39,7 @@ def duration(seconds: float) -> str:
 
 def best_as_dict(best: Best) -> dict[str, Any]:
     """The answer for programs: first the keys that others rely on, then what identifies and priced the search."""
-    return {key: getattr(best, key) for key in _ORDER} | {
-        "sampling": dict(best.sampling),
-        "seed": best.seed,
-        "evaluator": best.evaluator,
-        "model_fingerprint": best.model_fingerprint,
-        "job": best.job_id,
-        "network_evaluations": best.network_evaluations,
-        "seconds": best.seconds,
-    }
+    return {key: getattr(best, key) for key in _ORDER} | asdict(best)
 
 
 def best_as_text(best: Best) -> str:
@@ -78,4 +74,30 @@ def best_as_text(best: Best) -> str:
         shown = [*shown[:4], "…", *shown[-3:]]
     if best.k != 0:
         lines.append(f"  λ_0 … λ_{best.nfe - 1}: {', '.join(shown)}")
+    return "\n".join(lines)
+
+
+def job_as_text(job: Job, tried: Sequence[Evaluation]) -> str:
+    """How a job is, for people."""
+    lines = [f"job {job.id}: {job.model} on {job.dataset}, {job.solver}, NFE {job.nfe}: {job.status}"]
+    if job.finished_at is None and job.status != "queued":
+        silence = (datetime.now(UTC) - job.updated_at).total_seconds()
+        lost = ", so its process is gone: submit the job again to go on" if silence > STALE_S else ""
+        lines.append(f"  last sign of life {duration(max(silence, 0.0))} ago{lost}")
+    if job.error is not None:
+        lines.append(f"  {job.error}")
+    counts = Counter(one.state for one in tried)
+    lines.append(f"  trials: {', '.join(f'{n} {state}' for state, n in counts.items()) or 'none yet'}")
+    ranked = [
+        (one.distance, one.number, one)
+        for one in tried
+        if one.state == "complete"
+        and one.distance is not None
+        and (one.images, one.seed) == (job.images, job.seed)
+    ]
+    if ranked:
+        distance, trial, best = min(ranked, key=lambda entry: entry[:2])
+        lines.append(
+            f"  lowest distance {distance:.4f} in trial {trial}, b {number(best.b)}, k {number(best.k)}"
+        )
     return "\n".join(lines)

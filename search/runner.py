@@ -4,14 +4,17 @@ The order is the promise: whatever can be wrong with a job is found before Ray s
 command line looks; it prints to the console that it is given.
 """
 
+import _thread
 import hashlib
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from typing import Literal
 
 import ray
 import torch
@@ -22,38 +25,47 @@ from objectives.reference import Reference
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
 from search import pool, tuner
-from search.evaluator import Evaluator, precision
+from search.evaluator import Evaluator, accelerator, precision
 from search.ms_eps import complete
 from search.progress import TerminalWatcher
 from search.report import best_as_text
 from search.spec import JobSpec
 from search.strategies.paper import PaperStrategy
 from search.study import Search
+from storage import STALE_S, Job, NewJob, Store, open_store
 from storage import Evaluator as StoredEvaluator
-from storage import Job, NewJob, Store, open_store
 
 # A running job says that it lives this often, and is free for another process after this long a silence.
-_HEARTBEAT_S, _STALE_S = 5.0, 20.0
+_HEARTBEAT_S, _STALE_S = 5.0, STALE_S
 
 
-def submit(spec: JobSpec, store_url: str | None, console: Console | None = None) -> tuple[Job, ...]:
+def submit(
+    spec: JobSpec, store_url: str | None, console: Console | None = None, *, cluster: bool = False
+) -> tuple[Job, ...]:
     """Run every search of a job and return the jobs as the store has them then.
 
+    On this machine; with `cluster`, on the Ray cluster that this machine belongs to, beside other jobs.
     A job that the store has finished is not run again; one that was interrupted goes on. Raises InputError
     before anything starts where the job cannot run, LamtuneError where it went wrong.
     """
     console = console or Console()
-    with open_store(store_url) as store:
-        resources = pool.available(spec)
+    attached = _ray("auto") if cluster else nullcontext()
+    with open_store(store_url) as store, store.only_writer(), attached:
+        nodes = pool.cluster() if cluster else [pool.this_machine()]
+        resources = pool.available(spec, nodes)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             evaluator = Evaluator.load(
                 spec, torch.device("cpu"), progress=_shown(bar, "reference statistics")
             )
+            if cluster:
+                pool.check_files(spec, nodes, spec.files)
             strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
-            device = torch.device(resources.device)
             samplings = complete(
-                spec, evaluator.model, device, _shown(bar, "Γ (ms_eps): network evaluations")
+                spec, evaluator.model, accelerator(), _shown(bar, "Γ (ms_eps): network evaluations")
             )
+        if cluster:  # Γ may have been estimated into this machine's cache
+            whole = spec.model_copy(update={"sampling": tuple(ready.sampling for ready in samplings)})
+            pool.check_files(spec, nodes, whole.files)
         jobs = [
             _job(store, spec, asked, ready.ms_eps, evaluator, resources)
             for asked, ready in zip(spec.sampling, samplings, strict=True)
@@ -145,7 +157,10 @@ def _run(
     resources: pool.Resources,
     console: Console,
 ) -> None:
-    with _ray(), console.status(f"starting {resources.workers} {resources.device} worker(s)") as status:
+    with (
+        _ray("local"),
+        console.status(f"starting {resources.workers} {resources.device} worker(s)") as status,
+    ):
         workers = pool.start_workers(spec, reference, resources)
         status.stop()
         try:
@@ -165,13 +180,19 @@ def _unit(spec: JobSpec, resources: pool.Resources) -> int:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
-    """A Ray of our own on this machine, silent unless it fails; or the one that this process already has."""
+def _ray(address: Literal["local", "auto"]) -> Iterator[None]:
+    """A Ray of our own on this machine or the cluster's, silent unless it fails; or the one that this process has."""
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    no_dashboard = False if address == "local" else None  # of a cluster that runs it is not asked
+    try:
+        ray.init(
+            address=address, include_dashboard=no_dashboard, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except ConnectionError as error:
+        raise InputError(f"--cluster {address}: this machine belongs to no Ray cluster: {error}") from None
     try:
         yield
     finally:
@@ -185,12 +206,16 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         raise LamtuneError(
             f"job {job.id} is being run by another process; if that one was killed, try again in {_STALE_S:.0f} s"
         )
-    ended = threading.Event()
+    ended, cancelled = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not ended.wait(_HEARTBEAT_S):
             with suppress(LamtuneError):  # a database that is away for a while is no reason to stop
-                store.heartbeat(job.id)
+                if store.heartbeat(job.id) == "cancelled":
+                    cancelled.set()
+                    # As `kill` does it; Ray leaves through SystemExit. SIGINT is blocked in jobs of a cluster.
+                    _thread.interrupt_main(signal.SIGTERM)
+                    return
 
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()
@@ -198,7 +223,10 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         yield
     except BaseException as error:
         _stop(ended, heart)
-        interrupted = isinstance(error, KeyboardInterrupt)
+        if cancelled.is_set():
+            store.set_status(job.id, "cancelled", "cancelled on request")
+            raise LamtuneError(f"job {job.id} was cancelled; submit it again to go on") from None
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         store.set_status(job.id, "cancelled" if interrupted else "failed", str(error) or type(error).__name__)
         raise
     _stop(ended, heart)

@@ -4,6 +4,7 @@ Checks what can be checked without opening anything else. Knows nothing of torch
 checkpoint, an extractor or reference statistics have to say is checked by those who read them.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -86,10 +87,26 @@ class SearchSpec(_Section):
 
 
 class ResourcesSpec(_Section):
-    """Who does the work. `auto`: a worker per GPU, or per processor core where there is no GPU."""
+    """Who does the work. `workers`: how many; auto: as many as there is room for.
+
+    What each of them gets: `gpus`, 0 to 1, auto: a whole one where there are GPUs (0.5: two workers share one);
+    `cpus`, processor cores, auto: one where there is no GPU. Which nodes of a cluster will do: `custom`, amounts of
+    Ray's own resources that a worker takes there; `labels`, labels that the node must have.
+    """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    cpus: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    custom: dict[str, Annotated[float, Field(gt=0)]] = {}
+    labels: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]] = {}
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+
+    @field_validator("custom")
+    @classmethod
+    def _no_other_key_says_it(cls, value: dict[str, float]) -> dict[str, float]:
+        if taken := {"CPU", "GPU"} & set(value):
+            raise ValueError(f"{' and '.join(sorted(taken))}: write cpus and gpus instead")
+        return value
 
 
 class JobSpec(_Section):
@@ -108,6 +125,38 @@ class JobSpec(_Section):
         """Where the paths of the model and its options start: the job file's folder."""
         return self._folder
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The key of every text that names a file or folder which exists here, and where that is.
+
+        Every process that works on the job must find the same there.
+        """
+        found: dict[str, Path] = {}
+
+        def walk(key: str, value: Any) -> None:
+            if isinstance(value, Mapping):
+                for name, part in value.items():
+                    walk(f"{key}.{name}", part)
+            elif isinstance(value, list):
+                for part in value:
+                    walk(key, part)
+            elif isinstance(value, str):
+                for text in (value, value.rpartition(":")[0]):  # net.py:make
+                    path = self.folder / Path(text).expanduser()
+                    if text and path.exists():
+                        found[key] = path
+                        break
+
+        data = self.as_dict()
+        for key in ("path", "options"):
+            walk(f"model.{key}", data["model"][key])
+        for key in ("reference", "images"):
+            walk(f"dataset.{key}", data["dataset"][key])
+        walk("features", data["features"])
+        for sampling in data["sampling"]:
+            walk("sampling.ms_eps", sampling.get("ms_eps"))
+        return found
+
     @field_validator("sampling", mode="before")
     @classmethod
     def _one_per_nfe(cls, value: Any) -> Any:
@@ -125,15 +174,25 @@ class JobSpec(_Section):
 
 def load(path: str | Path) -> JobSpec:
     """Read a job file. Relative paths in it are relative to its folder. Raises InputError."""
-    path = Path(path)
+    return loads(read(path), str(path), Path(path).parent)
+
+
+def read(path: str | Path) -> str:
+    """The text of a job file, or of the standard input as `-`. Raises InputError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: the job file cannot be read: {reason}") from None
+
+
+def loads(text: str, source: str, folder: Path) -> JobSpec:
+    """A job from the text of its file; see `parse`. Raises InputError."""
+    try:
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not a YAML file: {error}") from None
-    return parse(data, source=str(path), folder=path.parent)
+        raise InputError(f"{source}: not a YAML file: {error}") from None
+    return parse(data, source, folder)
 
 
 def parse(data: Any, source: str, folder: Path) -> JobSpec:
@@ -151,7 +210,7 @@ def _lines(error: ValidationError) -> list[str]:
     """One line per mistake, beginning with its key as written in the file."""
     lines = []
     for mistake in error.errors(include_url=False):
-        tags = {*SOLVERS, "int", "str"}  # union branches, which the file does not have
+        tags = {*SOLVERS, "int", "float", "str"}  # union branches, which the file does not have
         key = ".".join(
             str(p) for p in mistake["loc"] if isinstance(p, str) and p not in tags and "[" not in p
         )

@@ -28,6 +28,9 @@ class SamplerWorker:
         self._spec, self._device = spec, torch.device(device)
         self._loaded: Evaluator | None = None
 
+    def placed(self) -> None:
+        """Answer as soon as there is a process: the worker has its place."""
+
     def load(self, reference: Reference | None = None) -> None:
         """Load everything, with statistics that the driver has read; without them, read those too."""
         from search.evaluator import Evaluator

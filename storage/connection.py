@@ -67,6 +67,25 @@ def _secrets(url: URL) -> dict[str, str]:
     return {key: str(value) for key, value in url.query.items() if "password" in key.lower()}
 
 
+def refuse_sqlite(text: str) -> None:
+    """Raise InputError for the URL of a SQLite file, which only one process may write."""
+    if (url := parse(text)).get_backend_name() == "sqlite":
+        raise InputError(
+            f"the store {safe(url)} is a SQLite file, which serves one process: a cluster's jobs need PostgreSQL, "
+            "postgresql://USER@HOST/NAME"
+        )
+
+
+def refuse_secret(text: str) -> None:
+    """Raise InputError for a URL with a password, which repeats none of it: it may not be sent to others."""
+    url = parse(text)
+    if url.password or _secrets(url):
+        raise InputError(
+            f"the store {safe(url)} has a password, which everybody could read on the cluster's dashboard: leave it "
+            "out, and set LAMTUNE_STORE or PGPASSWORD (or PGPASSFILE) where the cluster runs"
+        )
+
+
 def safe(url: URL) -> str:
     """The URL for people and logs: no password, neither in its own place nor as an option."""
     return url.difference_update_query(_secrets(url)).render_as_string(hide_password=True)

@@ -18,6 +18,10 @@ JobStatus = Literal["queued", "running", "finished", "failed", "cancelled"]
 EvaluationState = Literal["running", "complete", "failed", "pruned"]
 
 
+STALE_S = 20.0
+"""A running job whose last sign of life is older, in seconds, has lost its process."""
+
+
 def _check_text(**values: str) -> None:
     for key, value in values.items():
         if not value.strip():
@@ -107,7 +111,8 @@ class Job(NewJob):
     """A job as the store holds it; times are aware and in UTC.
 
     `updated_at` is the last sign of life: it moves with every write to the job or to its evaluations.
-    `finished_at` is set while `status` is finished, failed or cancelled.
+    `finished_at` is set while `status` is finished, failed or cancelled; a job that is being cancelled gets it when its
+    process has ended.
     """
 
     id: int

@@ -10,9 +10,10 @@ after a kill -9 the store holds everything that was reported.
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -25,6 +26,7 @@ from samplers.schedule import Schedule
 from storage import upgrade
 from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe
 from storage.errors import NotInStore
+from storage.lock import only_writer
 from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
 from storage.tables import EvaluationRow, EvaluatorRow, JobRow
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _S = TypeVar("_S", bound=Select[*tuple[Any, ...]])
 
 _OVER = ("finished", "failed", "cancelled")
+_HELD = (JobRow.status == "running") | ((JobRow.status == "cancelled") & JobRow.finished_at.is_(None))
 _NEAREST = 8  # how many combinations NotInStore names
 
 
@@ -45,6 +48,43 @@ def open_store(url: str | None = None) -> "Store":
     where the URL cannot be read, opened or written, psycopg is missing, or a newer lamtune has been there.
     """
     return Store(parse(url or default_url()))
+
+
+def check_store(url: str | None = None) -> str:
+    """The schema version of the store at `url`, which is not changed, if it is this lamtune's.
+
+    LamtuneError where its tables are older, or missing; InputError as `open_store`.
+    """
+    parsed = parse(url or default_url())
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+        raise LamtuneError(
+            f"the store {safe(parsed)} does not exist yet: the first command that opens it makes it"
+        )
+    engine = make_engine(parsed)
+    try:
+        with _opening(parsed), engine.begin() as connection:
+            found = upgrade.version(connection)
+            upgrade.refuse_newer(found, safe(parsed))
+    finally:
+        engine.dispose()
+    if found != upgrade.HEAD:
+        raise LamtuneError(
+            f"the store {safe(parsed)} has schema version {found or 'none'} and this lamtune uses {upgrade.HEAD}: "
+            "`lamtune store upgrade`, or the next command that opens it, brings it there"
+        )
+    return found
+
+
+@contextmanager
+def _opening(url: URL) -> Iterator[None]:
+    """The database's errors come out as InputError that the store cannot be opened."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (SQLAlchemyError, OSError, UnicodeError) as error:
+        failure = error
+    if failure is not None:  # raised out here, so that the driver's error is not chained
+        raise InputError(f"the store {safe(url)} cannot be opened: {redacted(url, failure)}")
 
 
 class Store:
@@ -80,20 +120,18 @@ class Store:
         """Close all connections; Optuna storages from this store stay usable."""
         self._readers.dispose()
 
+    def only_writer(self) -> AbstractContextManager[None]:
+        """Hold the store while a search writes to it; see `lock.only_writer`."""
+        return only_writer(self._url)
+
     def _upgrade(self) -> None:
-        failure: Exception | None = None
-        try:
-            with self._writers.begin() as connection:
-                found = upgrade.version(connection)
-                upgrade.refuse_newer(found, self.safe_url)
-                if found == upgrade.HEAD:
-                    upgrade.check_writable(connection)
-                else:
-                    upgrade.upgrade(connection, self.safe_url)
-        except (SQLAlchemyError, OSError, UnicodeError) as error:
-            failure = error
-        if failure is not None:  # raised out here, so that the driver's error is not chained
-            raise InputError(f"the store {self.safe_url} cannot be opened: {redacted(self._url, failure)}")
+        with _opening(self._url), self._writers.begin() as connection:
+            found = upgrade.version(connection)
+            upgrade.refuse_newer(found, self.safe_url)
+            if found == upgrade.HEAD:
+                upgrade.check_writable(connection)
+            else:
+                upgrade.upgrade(connection, self.safe_url)
 
     @contextmanager
     def _session(self, *, write: bool = False) -> Iterator[Session]:
@@ -216,12 +254,13 @@ class Store:
         """Make the caller the job's one writer, and the job running; False if another process holds it.
 
         A running job is held while its last sign of life (`Job.updated_at`) is younger than `stale_after`
-        seconds, so call `heartbeat` more often than that. One statement decides, so of two callers one gets
-        the job. The hosts' clocks must agree better than `stale_after`. NotInStore if there is no such job.
+        seconds, so call `heartbeat` more often than that; one that is being cancelled, until its process has said so.
+        One statement decides, so of two callers one gets the job. The hosts' clocks must agree better than
+        `stale_after`. NotInStore if there is no such job.
         """
         now = datetime.now(UTC)
         stale = JobRow.updated_at < now - timedelta(seconds=stale_after)
-        free = update(JobRow).where(JobRow.id == job_id, (JobRow.status != "running") | stale)
+        free = update(JobRow).where(JobRow.id == job_id, ~_HELD | stale)
         with self._session(write=True) as session:
             self._job(session, job_id)
             taken = session.execute(
@@ -229,6 +268,27 @@ class Store:
             )
             assert isinstance(taken, CursorResult)
             return bool(taken.rowcount)
+
+    def cancel(self, job_id: int, *, stale_after: float) -> Job:
+        """Cancel a job: its process, if one holds it (see `claim`), learns so from its next heartbeat.
+
+        LamtuneError if the job is over already, NotInStore if there is none with that id.
+        """
+        now = datetime.now(UTC)
+        with self._session(write=True) as session:
+            row = self._job(session, job_id)
+            if row.finished_at is not None:
+                raise LamtuneError(f"job {job_id} is {row.status} already")
+            alive = row.status in ("running", "cancelled") and row.updated_at >= now - timedelta(
+                seconds=stale_after
+            )
+            row.status, row.error, row.finished_at = (
+                "cancelled",
+                "cancelled on request",
+                None if alive else now,
+            )
+            session.flush()
+            return row.record()
 
     def heartbeat(self, job_id: int) -> JobStatus:
         """Record a sign of life; return the status, which another process may have set to cancelled."""

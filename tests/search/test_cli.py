@@ -98,6 +98,20 @@ def test_best_and_jobs_answer_in_the_agreed_words(submitted, url):
     assert f"{answer['distance']:.4f}" in text
 
 
+def test_jobs_come_by_pages(submitted, url, tmp_path):
+    (tmp_path / "job.yaml").write_text(JOB.format(nfe="[3, 4]"))
+    assert run("submit", tmp_path / "job.yaml", "--store", url).exit_code == 0
+    page = run("jobs", "--limit", 2, "--store", url)
+    assert page.output.splitlines()[-1] == "older ones: lamtune jobs --before 2"
+    assert [job["id"] for job in json.loads(run("jobs", "--limit", 2, "--json", "--store", url).output)] == [
+        3,
+        2,
+    ]
+    rest = run("jobs", "--limit", 2, "--before", 2, "--store", url).output.splitlines()
+    assert [line.split()[0] for line in rest] == ["id", "1"]
+    assert run("jobs", "--before", 1, "--store", url).output == "no job is older than 1\n"
+
+
 def test_an_unknown_model_exits_1_and_says_what_the_store_has(submitted, url):
     result = run("best", "--model", "gaus", "--dataset", "digits", "--nfe", 5, "--store", url)
     assert result.exit_code == 1
@@ -172,6 +186,38 @@ def test_a_store_that_cannot_be_opened_exits_2_without_its_password(tmp_path):
         assert "cannot be opened" in result.output
         assert "geheim" not in result.output
     assert run("jobs", "--store", f"sqlite:///{tmp_path}/no/folder/s.db").exit_code == 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_may_come_from_the_standard_input_with_its_folder(tmp_path, url):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    np.savez(folder / "stats.npz", mu=np.zeros(64), sigma=np.eye(64))
+    job = JOB.format(nfe=3).replace("reference: digits", "reference: stats.npz")
+    words = ["submit", "-", "--folder", str(folder), "--store", url]
+    result = CliRunner().invoke(main, words, input=job, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    with open_store(url) as store:
+        assert store.job(1).spec["dataset"]["reference"] == str(folder / "stats.npz")
+
+
+def test_status_shows_how_a_job_is(submitted, url):
+    text = run("status", 1, "--store", url).output.splitlines()
+    with open_store(url) as store:
+        best, tried = store.best(model="gauss", dataset="digits", nfe=5), store.evaluations(1)
+    assert text[:2] == ["job 1: gauss on digits, ddpm, NFE 5: finished", f"  trials: {len(tried)} complete"]
+    assert text[2].startswith(f"  lowest distance {best.distance:.4f} in trial {best.number}, b ")
+    missing = run("status", 9, "--store", url)
+    assert (missing.exit_code, "has no job 9" in missing.output) == (1, True)
+
+
+def test_store_check_and_upgrade_say_how_the_tables_are(url):
+    absent = run("store", "check", "--store", url)
+    assert (absent.exit_code, "does not exist yet" in absent.output) == (1, True)
+    upgraded = run("store", "upgrade", "--store", url)
+    assert (upgraded.exit_code, upgraded.output[:15]) == (0, "schema version ")
+    checked = run("store", "check", LAMTUNE_STORE=url)
+    assert (checked.exit_code, checked.output) == (0, upgraded.output.replace("\n", ", up to date\n"))
 
 
 def test_reference_writes_statistics_that_a_job_can_use(tmp_path):

@@ -174,7 +174,7 @@ def test_statistics_of_other_features_are_refused_with_both_dimensions(tmp_path,
 
 def test_more_gpus_than_there_are_are_refused(tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match=r"resources\.workers: 5 were asked for, but this machine has 2"):
+    with pytest.raises(InputError, match=r"resources\.workers: 5 were asked for.*this machine has 2 GPU"):
         runner.submit(
             parse(changed("resources", workers=5), "job.yaml", tmp_path), f"sqlite:///{tmp_path}/s.db", quiet
         )
@@ -187,6 +187,14 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ra
         assert store.claim(job.id, stale_after=60)
         with pytest.raises(LamtuneError, match="is being run by another process"):
             runner.submit(parse(JOB, "job.yaml", tmp_path), store.safe_url, quiet)
+
+
+def test_a_second_search_on_a_sqlite_file_is_sent_to_postgresql(tmp_path, quiet):
+    url = f"sqlite:///{tmp_path}/store.db"
+    with open_store(url) as store, store.only_writer():
+        with pytest.raises(InputError, match="SQLite serves one process.*postgresql://"):
+            runner.submit(parse(JOB, "job.yaml", tmp_path), url, quiet)
+        assert store.jobs() == ()
 
 
 @pytest.mark.usefixtures("local_ray")

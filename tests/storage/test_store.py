@@ -106,6 +106,33 @@ class TestJobs:
         with pytest.raises(InputError, match=f"study 's' already, as job {job.id}"):
             store.create_job(new_job("s"))
 
+    def test_a_cancelled_job_is_held_until_its_process_has_said_so(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        assert store.claim(job.id, stale_after=60)
+        asked = store.cancel(job.id, stale_after=60)
+        assert (asked.status, asked.finished_at) == ("cancelled", None)
+        assert store.heartbeat(job.id) == "cancelled"
+        assert not store.claim(job.id, stale_after=60)
+        assert store.claim(job.id, stale_after=-1)  # its process is gone
+        store.set_status(job.id, "cancelled")
+        assert store.claim(job.id, stale_after=60)
+
+    def test_a_job_without_a_process_is_cancelled_at_once_and_one_that_is_over_cannot_be(
+        self, store: Store
+    ) -> None:
+        queued, lost = store.create_job(new_job("s")), store.create_job(new_job("t"))
+        assert store.claim(lost.id, stale_after=60)
+        for job in (queued, lost):
+            done = store.cancel(job.id, stale_after=-1)
+            assert done.status == "cancelled"
+            assert done.finished_at is not None
+            with pytest.raises(LamtuneError, match=f"job {job.id} is cancelled already"):
+                store.cancel(job.id, stale_after=60)
+        store.set_status(queued.id, "finished")
+        with pytest.raises(LamtuneError, match="is finished already"):
+            store.cancel(queued.id, stale_after=60)
+        assert store.job(queued.id).status == "finished"
+
     def test_what_is_not_there_is_not_in_the_store(self, store: Store) -> None:
         assert store.find_job("s") is None
         questions: list[Callable[[], object]] = [

@@ -9,10 +9,10 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, text
 
-from samplers.errors import InputError
+from samplers.errors import InputError, LamtuneError
 from storage import upgrade
 from storage.connection import make_engine, parse
-from storage.store import open_store
+from storage.store import check_store, open_store
 from storage.tables import Base
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +116,31 @@ def test_neither_importing_nor_reopening_the_store_loads_what_is_heavy(sqlite_ur
         [sys.executable, "-c", code, sqlite_url], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stdout.split() == []
+
+
+def test_a_check_says_what_an_upgrade_would_do_and_changes_nothing(url: str) -> None:
+    with pytest.raises(LamtuneError, match="does not exist yet|schema version none"):
+        check_store(url)
+    engine = make_engine(parse(url))
+    with engine.execution_options(write=True).begin() as connection:
+        assert not inspect(connection).get_table_names()
+        command.upgrade(upgrade.alembic_config(connection), "0001")
+    with pytest.raises(
+        LamtuneError, match=f"0001 and this lamtune uses {upgrade.HEAD}: `lamtune store upgrade`"
+    ):
+        check_store(url)
+    with engine.begin() as connection:
+        assert upgrade.version(connection) == "0001"
+    open_store(url).close()
+    assert check_store(url) == upgrade.HEAD
+    with engine.execution_options(write=True).begin() as connection:
+        connection.execute(text(f"UPDATE {upgrade.VERSION_TABLE} SET version_num = '9999'"))
+    with pytest.raises(InputError, match="upgrade lamtune"):
+        check_store(url)
+    engine.dispose()
+
+
+def test_a_check_makes_no_file(sqlite_url: str) -> None:
+    with pytest.raises(LamtuneError, match="does not exist yet"):
+        check_store(sqlite_url)
+    assert not Path(str(parse(sqlite_url).database)).exists()
