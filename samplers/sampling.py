@@ -6,8 +6,8 @@ knows the others.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args, get_type_hints
 
@@ -421,6 +421,19 @@ SOLVERS: tuple[str, ...] = tuple(
     name for kind in get_args(Solver) for name in get_args(get_type_hints(kind)["solver"])
 )
 """What `solver` may say in a job file."""
+
+
+def with_parameters(sampling: Solver, parameters: Mapping[str, float]) -> Solver:
+    """The same solver with some of its numbers replaced. Raises InputError for a number that it does not have, or that
+    is out of its range."""
+    for name in parameters:
+        if name == "nfe" or not isinstance(getattr(sampling, name, None), float):
+            numbers = [f.name for f in fields(sampling) if isinstance(getattr(sampling, f.name), float)]
+            raise InputError(
+                f"{name} is no number of {sampling.solver}; it has {', '.join(numbers) or 'none'}"
+            )
+    changed: Any = dict(parameters)  # names are checked above, which the type of `replace` cannot see
+    return replace(sampling, **changed)
 
 
 def _images_only(model: Model, clip: bool) -> None:

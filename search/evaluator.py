@@ -5,25 +5,30 @@ All that happens on a GPU happens here. Knows nothing of Ray, Optuna or SQL; `se
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
+from itertools import groupby, pairwise
 from operator import add
-from typing import Literal, Self
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from objectives.features import NetworkExtractor, load_extractor
 from objectives.frechet import FrechetReference
+from objectives.influence import Sensitivity
 from objectives.moments import Moments
 from objectives.reference import Reference, load_reference
 from samplers.generate import Sampler
 from samplers.models.compiled import make_fast
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
-from samplers.sampling import Solver
+from samplers.sampling import Solver, with_parameters
 from samplers.schedule import Schedule
+from search.blocks import FeatureCache
 from search.spec import JobSpec
 
 # Images whose features are taken together, always cut at multiples of this id: float32 features may change in
@@ -31,6 +36,8 @@ from search.spec import JobSpec
 BLOCK = 250
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Features: TypeAlias = NDArray[np.floating[Any]]
+"""Features [n, D] in the extractor's own float type, as what passes between processes without a copy."""
 
 
 def precision(spec: JobSpec, device: torch.device) -> Precision:
@@ -48,6 +55,16 @@ def precision(spec: JobSpec, device: torch.device) -> Precision:
 def accelerator() -> torch.device:
     """Where features are computed fastest on this machine."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Sampled(NamedTuple):
+    """What a range of images leaves: moments and features in the order of ids, how many images were not in the cache,
+    and the seconds that it took."""
+
+    moments: Moments
+    features: Features
+    computed: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +120,7 @@ class Evaluator:
             precision=precision(spec, device),
             micro_batch=micro_batch,
         )
-        evaluator._sampler(spec.sampling[0]).warm_up()
+        evaluator._sampler(spec.sampling[0], spec.search.seed).warm_up()
         return evaluator
 
     @property
@@ -111,32 +128,75 @@ class Evaluator:
         """Hex digest of what makes two distances comparable: the extractor and the reference statistics."""
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.reference.digest}".encode()).hexdigest()
 
-    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
-        """Moments of the features of images start … stop − 1, and the seconds that it took.
+    def sample(
+        self,
+        sampling: Solver,
+        schedule: Schedule,
+        start: int,
+        stop: int,
+        *,
+        seed: int | None = None,
+        parameters: Mapping[str, float] | None = None,
+        key: str | None = None,
+    ) -> Sampled:
+        """Images start … stop − 1 and what is kept of them.
 
-        Raises NonFiniteError.
+        seed: of their random numbers, default the job's. parameters: options of the solver in place of those that
+        `sampling` has. key: digest of all that decides the images and features; whole blocks of them are then taken
+        from and left in this host's cache. Raises NonFiniteError, and InputError for parameters that the solver
+        cannot take.
         """
         began = time.perf_counter()
-        images = self._sampler(sampling).images(schedule, start, stop)
+        sampler = self._sampler(sampling, self.seed if seed is None else seed, parameters)
+        cache = FeatureCache(key) if key is not None else None
         edges = [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK), stop]
-        blocks = [self.extractor(images[a - start : b - start]) for a, b in pairwise(edges)]
-        moments = Moments.of(torch.cat(blocks)).to("cpu")
-        return moments, time.perf_counter() - began
+        blocks = list(pairwise(edges))
+        known = {
+            (a, b): found
+            for a, b in blocks
+            if cache is not None and b - a == BLOCK and (found := cache.load(a // BLOCK, BLOCK)) is not None
+        }
+        parts: list[Tensor] = []
+        computed = 0
+        for lacking, group in groupby(blocks, key=lambda block: block not in known):
+            run = list(group)
+            if not lacking:
+                parts += [torch.from_numpy(known[block]).to(self.device) for block in run]
+                continue
+            first, end = run[0][0], run[-1][1]
+            images = sampler.images(schedule, first, end)
+            made = [self.extractor(images[a - first : b - first]) for a, b in run]
+            parts += made
+            computed += end - first
+            if cache is not None:
+                for (a, b), features in zip(run, made, strict=True):
+                    if b - a == BLOCK:
+                        cache.save(a // BLOCK, features.cpu().numpy())
+        whole = torch.cat(parts)
+        moments = Moments.of(whole).to("cpu")
+        return Sampled(moments, whole.cpu().numpy(), computed, time.perf_counter() - began)
 
-    def _sampler(self, sampling: Solver) -> Sampler:
+    def _sampler(self, sampling: Solver, seed: int, parameters: Mapping[str, float] | None = None) -> Sampler:
         return Sampler(
             model=self.model,
-            sampling=sampling,
+            sampling=with_parameters(sampling, parameters or {}),
             device=self.device,
-            seed=self.seed,
+            seed=seed,
             precision=getattr(torch, self.precision),
             micro_batch=self.micro_batch,
         )
 
-    def merge(self, *parts: Moments) -> tuple[Moments, float]:
-        """The sum of moments of disjoint images, in the order given, and its Fréchet distance to the reference.
+    def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
+        """The sum of moments of disjoint images, in the order given; its Fréchet distance to the reference, and the
+        derivative of that, which `influences` applies.
 
         Raises NonFiniteError where features were not finite.
         """
         total = reduce(add, parts)
-        return total, self.frechet.distance(total)
+        return total, self.frechet.distance(total), Sensitivity.of(self.frechet, total).to("cpu")
+
+    def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
+        """How much each of these images moves the distance, [n]; see `objectives.influence`."""
+        # Ray hands out read-only views of its object store: a tensor must own its memory.
+        owned = torch.tensor(features, device=self.device)
+        return sensitivity.to(self.device).influences(owned).cpu().numpy()

@@ -3,6 +3,7 @@
 Knows nothing of strategies or Ray: it is told what starts, gets on and ends.
 """
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -10,8 +11,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from search.report import duration, number
-from storage import Evaluation, Job
+from search.report import duration, error_bar, gain, number
+from storage import CONFIRM, Evaluation, Job
 
 
 class TerminalWatcher:
@@ -33,9 +34,8 @@ class TerminalWatcher:
         )
         self._task = self._bar.add_task("starting", total=job.images, left="")
         self._best: float | None = None
-        self._ended = 0
         self._expected = 0
-        self._paid = 0  # images of the trials that ended here
+        self._ended = 0  # trials that ended here
         self._began: float | None = None
 
     def __enter__(self) -> Self:
@@ -43,7 +43,11 @@ class TerminalWatcher:
             f"job {self._job.id}: {self._job.model} on {self._job.dataset}, {self._job.solver}, "
             f"NFE {self._job.nfe}, {self._job.images:,} images a trial"
         )
-        self._console.print(f"{'trial':>5}  {'phase':8}  {'b':>8}  {'k':>9}  {'distance':>9}  {'time':>6}")
+        self._console.print(
+            f"{'trial':>5}  {'phase':8}  {'mean λ':>8}  {'k':>9}  {'images':>7}  "
+            f"{'distance':>9} {'±':7} {'gain over λ = 1':18}  {'time':>6}",
+            soft_wrap=True,
+        )
         self._bar.start()
         return self
 
@@ -52,11 +56,11 @@ class TerminalWatcher:
     ) -> None:
         self._bar.stop()
 
-    def started(self, evaluation: Evaluation, expected: int) -> None:
+    def started(self, evaluation: Evaluation, images: int, expected: int) -> None:
         """See `search.study.Watcher`."""
         self._began = self._began or time.monotonic()
         self._expected = expected
-        self._ended = evaluation.number
+        self._bar.update(self._task, total=images)
         self._show(evaluation, 0)
 
     def progressed(self, evaluation: Evaluation, images: int) -> None:
@@ -65,21 +69,23 @@ class TerminalWatcher:
 
     def ended(self, evaluation: Evaluation) -> None:
         """See `search.study.Watcher`."""
-        self._paid += evaluation.images
-        if evaluation.state == "complete":
-            assert evaluation.distance is not None
-            result = f"{evaluation.distance:9.4f}"
-            if self._best is None or evaluation.distance < self._best:
-                self._best = evaluation.distance
-                result += "  *"
+        self._ended += 1
+        if evaluation.distance is not None and evaluation.state != "failed":
+            result = (
+                f"{evaluation.distance:9.4f} {error_bar(evaluation.standard_error):<7} {gain(evaluation)}"
+            )
+            if evaluation.gain is not None and evaluation.phase == CONFIRM:
+                self._best = min(evaluation.distance, self._best or math.inf)
         else:
             result = f"{evaluation.state}: {evaluation.error}"
         assert evaluation.finished_at is not None
+        k = number(None if evaluation.k is None else round(evaluation.k, 6))
         wall = (evaluation.finished_at - evaluation.started_at).total_seconds()
         self._console.print(
-            f"{evaluation.number:5}  {evaluation.phase:8}  {number(evaluation.b):>8}  {number(evaluation.k):>9}  "
-            f"{result:<12}  {duration(wall):>6}",
+            f"{evaluation.number:5}  {evaluation.phase:8}  {evaluation.mean:8.5g}  {k:>9}  "
+            f"{evaluation.images:>7,}  {result:<37}  {duration(wall):>6}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def _show(self, evaluation: Evaluation, images: int) -> None:
@@ -92,8 +98,7 @@ class TerminalWatcher:
         )
 
     def _left(self, evaluation: Evaluation, images: int) -> str:
-        done = self._paid + images
-        if self._began is None or not done:
+        if self._began is None or not self._ended:
             return "time left unknown"
-        todo = max(self._expected - evaluation.number, 1) * self._job.images - images
-        return f"about {duration((time.monotonic() - self._began) / done * todo)} left"
+        todo = max(self._expected - evaluation.number, 1)
+        return f"about {duration((time.monotonic() - self._began) / self._ended * todo)} left"

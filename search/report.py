@@ -17,7 +17,12 @@ _ORDER = (
     "b",
     "lambdas",
     "distance",
+    "standard_error",
     "baseline_distance",
+    "gain",
+    "gain_error",
+    "significant",
+    "confirmed",
     "images",
     "trials",
     "status",
@@ -35,6 +40,18 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02}"
+
+
+def error_bar(value: float | None) -> str:
+    """± 0.12; nothing where it is not known."""
+    return "" if value is None else f"± {value:.2g}"
+
+
+def gain(evaluation: Evaluation) -> str:
+    """How much better than λ = 1 on the same images, with its error bar; nothing for λ = 1 itself."""
+    if evaluation.gain is None or (evaluation.gain == 0 and evaluation.gain_error == 0):
+        return ""
+    return f"{evaluation.gain:+.4f} {error_bar(evaluation.gain_error)}".rstrip()
 
 
 def best_as_dict(best: Best) -> dict[str, Any]:
@@ -56,18 +73,34 @@ def best_as_text(best: Best) -> str:
         lines.append(
             f"  λ_t = k·t + b with k = {number(best.k)}, b = {number(best.b)} (t = 0 is the last evaluation)"
         )
-    lines.append(f"  distance {best.distance:.4f} with {best.images:,} images, seed {best.seed}")
-    base = best.baseline_distance
-    if base is not None:
-        gain = (
-            f", gain {base - best.distance:.4f} ({100 * (1 - best.distance / base):.1f} %)"
-            if base > 0
-            else ""
+    if best.parameters:
+        lines.append(
+            "  with " + ", ".join(f"{name} {number(value)}" for name, value in best.parameters.items())
         )
-        lines.append(f"  λ = 1 gives {base:.4f}{gain}")
+    fresh = (
+        "random numbers that the search has not seen" if best.confirmed else "the search's own random numbers"
+    )
+    lines.append(
+        f"  distance {best.distance:.4f} {error_bar(best.standard_error)}".rstrip()
+        + f" with {best.images:,} images, on {fresh}"
+    )
+    base, won = best.baseline_distance, best.gain
+    if base is not None:
+        won = base - best.distance if won is None else won
+        share = f" ({100 * won / base:.1f} %)" if base > 0 else ""
+        lines.append(
+            f"  λ = 1 gives {base:.4f}: a gain of {won:.4f} {error_bar(best.gain_error)}".rstrip() + share
+        )
+    if best.significant is False:
+        lines.append("  that is no significant gain: λ = 1 is as good, within twice the standard error")
     lines.append(
         f"  found in {best.trials} trials, {best.network_evaluations:,} network evaluations, "
         f"{duration(best.seconds)} of device time"
+        + (
+            f"; confirmed with {best.confirm_network_evaluations:,} more, {duration(best.confirm_seconds)}"
+            if best.confirm_network_evaluations
+            else ""
+        )
     )
     shown = [number(round(v, 6)) for v in best.lambdas]
     if best.k != 0 and len(shown) > 8:

@@ -8,12 +8,13 @@ import _thread
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import ray
@@ -24,17 +25,20 @@ from rich.progress import Progress
 from objectives.reference import Reference
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
-from search import pool, tuner
-from search.evaluator import Evaluator, accelerator, precision
-from search.ms_eps import complete
+from search import blocks, planning, pool, tuner
+from search.evaluator import BLOCK, Evaluator, accelerator, precision
+from search.ms_eps import Complete, complete
+from search.planning import Start
 from search.progress import TerminalWatcher
 from search.report import best_as_text
 from search.spec import JobSpec
-from search.strategies.paper import PaperStrategy
+from search.strategies.base import Strategy
 from search.study import Search
-from storage import STALE_S, Job, NewJob, Store, open_store
+from storage import STALE_S, Job, NewJob, NotInStore, Store, open_store
 from storage import Evaluator as StoredEvaluator
 
+# Images of a short trial, which all workers should share.
+_SHORT = 500
 # A running job says that it lives this often, and is free for another process after this long a silence.
 _HEARTBEAT_S, _STALE_S = 5.0, STALE_S
 
@@ -59,30 +63,29 @@ def submit(
             )
             if cluster:
                 pool.check_files(spec, nodes, spec.files)
-            strategies = [strategy(spec, s, evaluator) for s in spec.sampling]
+            for sampling in spec.sampling:  # whatever is wrong with the search is said before Γ is estimated
+                _strategy(spec, sampling, evaluator, None)
             samplings = complete(
                 spec, evaluator.model, accelerator(), _shown(bar, "Γ (ms_eps): network evaluations")
             )
         if cluster:  # Γ may have been estimated into this machine's cache
             whole = spec.model_copy(update={"sampling": tuple(ready.sampling for ready in samplings)})
             pool.check_files(spec, nodes, whole.files)
-        jobs = [
-            _job(store, spec, asked, ready.ms_eps, evaluator, resources)
+        searches = [
+            _search(store, spec, asked, ready, evaluator, resources)
             for asked, ready in zip(spec.sampling, samplings, strict=True)
         ]
-        todo = [
-            (job, ready.sampling, chosen)
-            for job, ready, chosen in zip(jobs, samplings, strategies, strict=True)
-            if job.status != "finished"
-        ]
+        jobs = [one.job for one in searches]
+        todo = [one for one in searches if one.job.status != "finished"]
         reference = evaluator.reference
         del evaluator  # the workers hold their own
         if todo:
+            blocks.trim()
             _run(store, spec, reference, todo, resources, console)
         for job in jobs:
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
-            console.print(f"\n{best_as_text(best)}", highlight=False)
-        console.print(f"\nstore: {store.safe_url}", highlight=False)
+            console.print(f"\n{best_as_text(best)}", highlight=False, soft_wrap=True)
+        console.print(f"\nstore: {store.safe_url}", highlight=False, soft_wrap=True)
         return tuple(store.job(job.id) for job in jobs)
 
 
@@ -92,68 +95,112 @@ def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
-def strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> PaperStrategy:
-    """The strategy of one search. Raises InputError that names the key."""
-    try:
-        return PaperStrategy.of(sampling.nfe, evaluator.model.time, spec.search.b, spec.search.k)
-    except InputError as error:
-        raise InputError(f"search.{error}") from None
+def _strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator, start: Start | None) -> Strategy:
+    return planning.strategy(spec.search, sampling, evaluator.model.time, evaluator.extractor.dim, start)
 
 
-def _job(
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """One search of a job. sampling: with the file of Γ, if it needs one. context: see `study.Search`."""
+
+    job: Job
+    sampling: Solver
+    strategy: Strategy
+    context: str
+
+
+def _search(
     store: Store,
     spec: JobSpec,
-    sampling: Solver,
-    ms_eps: str | None,
+    asked: Solver,
+    ready: Complete,
     evaluator: Evaluator,
     resources: pool.Resources,
-) -> Job:
+) -> _Search:
     """The store's job of one search, made if it is new: the same question is the same job.
 
-    sampling: as the job file has it. ms_eps: what identifies its Γ, wherever the file of it lies.
+    asked: the sampling as the job file has it. ready: the same with Γ, wherever the file of it lies.
     """
     number_type = precision(spec, torch.device(resources.device))
-    identity = {
-        "model": [spec.model.name, evaluator.model.fingerprint, number_type],
+    sampling = asdict(asked) if ready.ms_eps is None else asdict(asked) | {"ms_eps": ready.ms_eps}
+    numbers = {
+        "model": [evaluator.model.fingerprint, number_type],
         "evaluator": evaluator.fingerprint,
-        "dataset": spec.dataset.name,
-        "sampling": asdict(sampling) if ms_eps is None else asdict(sampling) | {"ms_eps": ms_eps},
+        "sampling": sampling,
+    }
+    identity = {
+        "numbers": numbers,
+        "names": [spec.model.name, spec.dataset.name],
         "search": spec.search.model_dump(mode="json"),
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{spec.model.name}--{spec.dataset.name}--{sampling.solver}-{sampling.nfe}--{digest}"
-    found = store.find_job(name)
-    if found is not None:
-        return found
-    return store.create_job(
-        NewJob(
-            study_name=name,
-            model=spec.model.name,
-            model_fingerprint=evaluator.model.fingerprint,
-            dataset=spec.dataset.name,
-            solver=sampling.solver,
-            sampling=asdict(sampling) | {"precision": number_type},
-            nfe=sampling.nfe,
-            strategy=spec.search.strategy,
-            images=spec.search.images,
-            seed=spec.search.seed,
-            spec=spec.as_dict(),
-            evaluator=StoredEvaluator(
-                fingerprint=evaluator.fingerprint,
-                features=evaluator.extractor.name,
-                dimension=evaluator.extractor.dim,
-                reference=evaluator.reference.digest,
-                details={"reference": evaluator.reference.source, "reference_images": evaluator.reference.n},
-            ),
-        )
+    name = (
+        f"{spec.model.name}--{spec.dataset.name}--{asked.solver}-{asked.nfe}--{spec.search.strategy}-"
+        f"{_digest(identity)[:8]}"
     )
+    job = store.find_job(name)
+    if job is None:
+        start = warm_start(store, spec, asked, evaluator) if spec.search.warm_start else None
+        job = store.create_job(
+            NewJob(
+                study_name=name,
+                model=spec.model.name,
+                model_fingerprint=evaluator.model.fingerprint,
+                dataset=spec.dataset.name,
+                solver=asked.solver,
+                sampling=asdict(asked) | {"precision": number_type},
+                nfe=asked.nfe,
+                strategy=spec.search.strategy,
+                images=spec.search.images,
+                confirm=spec.search.confirm_images,
+                seed=spec.search.seed,
+                spec=spec.as_dict(),
+                evaluator=StoredEvaluator(
+                    fingerprint=evaluator.fingerprint,
+                    features=evaluator.extractor.name,
+                    dimension=evaluator.extractor.dim,
+                    reference=evaluator.reference.digest,
+                    details={
+                        "reference": evaluator.reference.source,
+                        "reference_images": evaluator.reference.n,
+                    },
+                ),
+                warm_start=None if start is None else asdict(start),
+            )
+        )
+    start = None if job.warm_start is None else Start(**job.warm_start)
+    return _Search(job, ready.sampling, _strategy(spec, asked, evaluator, start), _digest(numbers))
+
+
+def warm_start(store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> Start | None:
+    """The best schedule of the most alike finished job: the same network at another NFE, the nearest one, else another
+    network on the same data; of the same solver and evaluator in any case. None where there is none, or for the
+    paper's protocol, which begins at λ = 1."""
+    if spec.search.strategy == "paper":
+        return None
+    alike = store.alike(spec.dataset.name, sampling.solver, evaluator.fingerprint)
+
+    def distance(job: Job) -> tuple[bool, float, int]:
+        other = job.model_fingerprint != evaluator.model.fingerprint
+        return other, abs(math.log(job.nfe / sampling.nfe)), -job.id
+
+    for job in sorted(alike, key=distance):
+        with suppress(NotInStore):
+            best = store.best(job.model, job.dataset, job.nfe, job.solver)
+            if best.k is not None and not best.parameters:
+                mean = best.b + best.k * (best.nfe - 1) / 2 if best.b is not None else 1.0
+                return Start(mean=round(mean, 9), k=best.k, nfe=best.nfe, job=best.job_id)
+    return None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _run(
     store: Store,
     spec: JobSpec,
     reference: Reference,
-    todo: list[tuple[Job, Solver, PaperStrategy]],
+    todo: list[_Search],
     resources: pool.Resources,
     console: Console,
 ) -> None:
@@ -164,19 +211,26 @@ def _run(
         workers = pool.start_workers(spec, reference, resources)
         status.stop()
         try:
-            for job, sampling, chosen in todo:
-                with _claimed(store, job), TerminalWatcher(job, console) as watcher:
-                    search = Search(store, job, chosen, watcher)
-                    tuner.run_trials(search, workers, sampling, spec.search.all_rungs, _unit(spec, resources))
+            for one in todo:
+                with _claimed(store, one.job), TerminalWatcher(one.job, console) as watcher:
+                    search = Search(
+                        store,
+                        one.job,
+                        one.strategy,
+                        watcher,
+                        rungs=spec.search.all_rungs,
+                        context=one.context,
+                    )
+                    tuner.run_trials(search, workers, one.sampling, _unit(resources))
                     search.check()
         finally:
             pool.stop_workers(workers)
 
 
-def _unit(spec: JobSpec, resources: pool.Resources) -> int:
-    """Images per call: less than usual where the first rung would not occupy all workers."""
-    share = -(-spec.search.all_rungs[0] // resources.workers)
-    return max(1, min(resources.unit, share))
+def _unit(resources: pool.Resources) -> int:
+    """Images per call: less than usual where the shortest trials would not occupy all workers."""
+    share = -(-_SHORT // resources.workers)
+    return max(1, min(resources.unit, -(-share // BLOCK) * BLOCK))
 
 
 @contextmanager

@@ -59,15 +59,26 @@ class DatasetSpec(_Section):
 
 
 class SearchSpec(_Section):
-    """What to search and how thoroughly. `b` and `k`: strides and ranges as the strategy names them, its defaults
-    for what is left out."""
+    """What to search and how thoroughly.
 
-    strategy: Literal["paper"] = "paper"
+    strategy: "adaptive" (the mean λ and k with few images), "free" (one λ per evaluation) or "paper" (the paper's
+    protocol). images: the most for one trial of the search. confirm: images on which λ = 1 and what was found are
+    evaluated on fresh random numbers in the end, default `images`; 0: not at all. budget: images for the search,
+    without confirmation, default by the strategy. `b` and `k`: strides and ranges as the strategy names them, its
+    defaults for what is left out. parameters: numbers of the solver to search beside λ (S_noise, S_churn, eta, …), each
+    with its least and largest value. warm_start: begin where the store has the best schedule of a like job.
+    """
+
+    strategy: Literal["adaptive", "free", "paper"] = "adaptive"
     images: int = Field(default=10_000, ge=2)
+    confirm: int | None = Field(default=None, ge=0)
+    budget: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     rungs: tuple[int, ...] | None = None
     b: dict[str, float] = {}
     k: dict[str, float] = {}
+    parameters: dict[str, tuple[float, float]] = {}
+    warm_start: bool = True
 
     @model_validator(mode="after")
     def _check_rungs(self) -> "SearchSpec":
@@ -77,7 +88,18 @@ class SearchSpec(_Section):
             raise ValueError(
                 f"rungs must rise from 2 or more to at most images ({self.images}): {self.rungs}"
             )
+        if self.confirm == 1:
+            raise ValueError("confirm is 1: give a number of images of at least 2, or 0 for none")
+        if self.strategy == "paper":
+            for key in ("budget", "parameters"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} belongs to the strategies adaptive and free, not to paper")
         return self
+
+    @property
+    def confirm_images(self) -> int:
+        """See `confirm`."""
+        return self.images if self.confirm is None else self.confirm
 
     @property
     def all_rungs(self) -> tuple[int, ...]:

@@ -4,19 +4,23 @@ The store's evaluations are the history that the strategy sees; the Optuna study
 Knows nothing of Ray: it sees trials as string ids that start, report and end.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
+from objectives.paired import Influence, difference_error, first, pack, standard_error, unpack
 from samplers.errors import LamtuneError
-from search.strategies.base import Candidate, Point, Signal, Strategy
-from search.tuner import Progress
-from storage import Evaluation, Job, Store
+from samplers.schedule import Schedule
+from search.strategies.base import Candidate, Point, Signal, Strategy, bends, slope
+from search.tuner import Progress, TrialConfig
+from storage import CONFIRM, Evaluation, Job, Store
 
 # Wider than any search, so that all trials of all studies share them, which Optuna's plots need.
 _DISTRIBUTIONS: dict[str, BaseDistribution] = {
@@ -30,28 +34,81 @@ _INTERRUPTED = "interrupted: the search was stopped while this ran"
 class Watcher(Protocol):
     """Who is told how a search goes."""
 
-    def started(self, evaluation: Evaluation, expected: int) -> None:
-        """An evaluation began; `expected` is the number of trials that the whole search will take, about."""
+    def started(self, evaluation: Evaluation, images: int, expected: int) -> None:
+        """An evaluation of so many images began; the whole search will take `expected` trials, about."""
 
     def progressed(self, evaluation: Evaluation, images: int) -> None:
         """The running evaluation has this many images."""
 
     def ended(self, evaluation: Evaluation) -> None:
-        """An evaluation is complete or has failed."""
+        """An evaluation is complete, pruned or failed."""
+
+
+@runtime_checkable
+class Racing(Protocol):
+    """A strategy that stops trials which have lost."""
+
+    def has_lost(self, history: Sequence[Point], point: Point) -> bool:
+        """Whether the running trial `point` need not go on beyond the images that it has."""
+
+
+def fresh_seed(seed: int) -> int:
+    """The seed of random numbers that a search with `seed` has not seen; 0 to 2⁶³ − 1, as all seeds are."""
+    return (seed + 2**62) % 2**63
+
+
+def is_baseline(evaluation: Evaluation) -> bool:
+    """λ = 1 with the job's own solver."""
+    return set(evaluation.lambdas) == {1.0} and not evaluation.parameters
+
+
+def point_of(evaluation: Evaluation, job: Job) -> Point:
+    """An evaluation as strategies see it."""
+    schedule = Schedule(evaluation.lambdas, evaluation.k, evaluation.b)
+    return Point(
+        mean=evaluation.mean,
+        k=slope(schedule),
+        state=evaluation.state,
+        distance=evaluation.distance,
+        images=evaluation.images,
+        bends=() if evaluation.k is not None else bends(schedule),
+        parameters=tuple(evaluation.parameters.items()),
+        fresh=evaluation.seed != job.seed,
+        rungs=evaluation.rungs,
+        influence=unpack(evaluation.influence),
+    )
 
 
 @dataclass(slots=True)
 class _Running:
     evaluation: Evaluation
     trial: optuna.Trial
+    images: int  # that it was asked for
+    computed: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
     failure: str | None = None
 
 
 class Search:
-    """A search in a single thread: `tuner.run_trials` calls it, the store and the study follow."""
+    """A search in a single thread: `tuner.run_trials` calls it, the store and the study follow.
 
-    def __init__(self, store: Store, job: Job, strategy: Strategy, watcher: Watcher) -> None:
+    rungs: image counts at which trials report, besides those that the strategy asks for. context: digest of all that
+    decides the numbers of an evaluation besides its λ, parameters and seed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        job: Job,
+        strategy: Strategy,
+        watcher: Watcher,
+        *,
+        rungs: Sequence[int],
+        context: str,
+    ) -> None:
         self._store, self._job, self._strategy, self._watcher = store, job, strategy, watcher
+        self._rungs, self._context = tuple(rungs), context
         self._running: dict[str, _Running] = {}
         self._study = optuna.create_study(
             study_name=job.study_name,
@@ -70,11 +127,11 @@ class Search:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _history(self) -> Sequence[Point]:
+    def _history(self) -> list[Point]:
         return [
-            Point(mean=e.mean, k=e.k, state=e.state, distance=e.distance, images=e.images)
-            for e in self._store.evaluations(self._job.id)
-            if e.k is not None and e.error != _INTERRUPTED
+            point_of(evaluation, self._job)
+            for evaluation in self._store.evaluations(self._job.id)
+            if evaluation.error != _INTERRUPTED
         ]
 
     @property
@@ -84,31 +141,89 @@ class Search:
             return False
         return self.fatal is not None or self._strategy.next(self._history()) is Signal.FINISHED
 
-    def next_trial(self, trial_id: str) -> dict[str, Any] | None:
-        """Start the strategy's next candidate; None while there is none."""
-        if self.fatal is not None:
-            return None
-        history = self._history()
-        step = self._strategy.next(history)
-        if isinstance(step, Signal):
-            return None
-        self._start(trial_id, step[0], self._strategy.expected_trials(history))
-        return {"schedule": step[0].schedule(self._job.nfe)}
+    def next_trial(self, trial_id: str) -> TrialConfig | None:
+        """Start the strategy's next candidate; None while there is none. What some job has measured already is taken
+        from the store on the way."""
+        while self.fatal is None:
+            history = self._history()
+            step = self._strategy.next(history)
+            if isinstance(step, Signal):
+                return None
+            candidate, schedule = step[0], step[0].schedule(self._job.nfe)
+            images = candidate.images or self._job.images
+            seed = fresh_seed(self._job.seed) if candidate.fresh else self._job.seed
+            key = self._key(schedule, candidate, seed)
+            known = self._store.known(key, images)
+            running = self._start(candidate, schedule, images, seed, key, known)
+            if known is not None:
+                self._copy(running, known)
+                continue
+            self._running[trial_id] = running
+            self._watcher.started(running.evaluation, images, self._strategy.expected_trials(history))
+            return TrialConfig(
+                schedule=schedule,
+                parameters=dict(candidate.parameters),
+                seed=seed,
+                key=key,
+                rungs=(*(rung for rung in self._all_rungs if rung < images), images),
+                racing=candidate.fresh,
+            )
+        return None
 
-    def _start(self, trial_id: str, candidate: Candidate, expected: int) -> None:
-        schedule = candidate.schedule(self._job.nfe)
-        assert schedule.k is not None
-        self._study.enqueue_trial({"b": schedule.b, "k": schedule.k})
+    @property
+    def _all_rungs(self) -> list[int]:
+        """The job's rungs and those that trials were asked for before: where all can be compared."""
+        asked = {e.images for e in self._store.evaluations(self._job.id) if e.state != "running"}
+        return sorted({*self._rungs, *(n for n in asked if n)})
+
+    def _key(self, schedule: Schedule, candidate: Candidate, seed: int) -> str:
+        parts = [self._context, [x.hex() for x in schedule.lambdas], candidate.parameters, seed]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _start(
+        self,
+        candidate: Candidate,
+        schedule: Schedule,
+        images: int,
+        seed: int,
+        key: str,
+        known: Evaluation | None,
+    ) -> _Running:
+        middle = (self._job.nfe - 1) / 2
+        b = candidate.mean - candidate.k * middle if schedule.b is None else schedule.b
+        self._study.enqueue_trial({"b": b, "k": candidate.k})
         trial = self._study.ask(_DISTRIBUTIONS)
         trial.set_user_attr("phase", candidate.phase)
         trial.set_user_attr("lambdas", list(schedule.lambdas))
-        evaluation = self._store.start_evaluation(self._job.id, trial.number, candidate.phase, schedule)
-        self._running[trial_id] = _Running(evaluation, trial)
-        self._watcher.started(evaluation, expected)
+        for name, value in candidate.parameters:
+            trial.set_user_attr(name, value)
+        evaluation = self._store.start_evaluation(
+            self._job.id,
+            trial.number,
+            candidate.phase,
+            schedule,
+            seed=seed,
+            parameters=dict(candidate.parameters),
+            key=key,
+            reused=None if known is None else known.id,
+        )
+        return _Running(evaluation, trial, images)
 
-    def report(self, trial_id: str, progress: Progress) -> None:
-        """Record a rung, or pass on how many images there are."""
+    def _copy(self, running: _Running, known: Evaluation) -> None:
+        """Enter what was measured before, at no cost."""
+        influence = unpack(known.influence)
+        for images, distance in known.rungs.items():
+            if images <= running.images:
+                part = None if influence is None else first(influence, images)
+                self._rung(
+                    running, images, distance, part, metrics=known.metrics if images == known.images else {}
+                )
+        self._end(running, None)
+
+    def report(self, trial_id: str, progress: Progress) -> bool:
+        """Record a rung, or pass on how many images there are; whether the trial has lost and is to be stopped."""
         running = self._running[trial_id]
+        running.computed, running.seconds = progress.computed, progress.seconds
         if progress.error is not None:
             running.failure = progress.error
             if progress.fatal:
@@ -118,26 +233,71 @@ class Search:
         elif not math.isfinite(progress.distance):
             running.failure = f"the distance at {progress.images} images is {progress.distance}"
         else:
-            running.evaluation = self._store.report_rung(
-                running.evaluation.id,
-                images=progress.images,
-                distance=progress.distance,
-                network_evaluations=progress.images * self._job.nfe,
-                seconds=progress.seconds,
-            )
-            running.trial.report(progress.distance, progress.images)
+            self._rung(running, progress.images, progress.distance, progress.influence)
+            if progress.images < running.images and isinstance(self._strategy, Racing):
+                point = point_of(running.evaluation, self._job)
+                running.stopped = self._strategy.has_lost(self._history(), point)
+        return running.stopped or running.failure is not None
+
+    def _rung(
+        self,
+        running: _Running,
+        images: int,
+        distance: float,
+        influence: Influence | None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record a distance with its error bars, in the store and in the study."""
+        gain, gain_error = self._gain(running.evaluation, images, distance, influence)
+        running.evaluation = self._store.report_rung(
+            running.evaluation.id,
+            images=images,
+            distance=distance,
+            network_evaluations=running.computed * self._job.nfe,
+            seconds=running.seconds,
+            standard_error=None if influence is None else standard_error(influence),
+            gain=gain,
+            gain_error=gain_error,
+            influence=b"" if influence is None else pack(influence),
+            metrics=metrics,
+        )
+        running.trial.report(distance, images)
+
+    def _gain(
+        self, evaluation: Evaluation, images: int, distance: float, influence: Influence | None
+    ) -> tuple[float | None, float | None]:
+        """The distance of λ = 1 on the same images minus this one, and its standard error."""
+        if is_baseline(evaluation):
+            return 0.0, 0.0
+        for other in self._store.evaluations(self._job.id):
+            if other.seed == evaluation.seed and is_baseline(other) and images in other.rungs:
+                theirs = unpack(other.influence)
+                error = (
+                    None
+                    if theirs is None or influence is None
+                    else difference_error(first(theirs, images), influence)
+                )
+                return other.rungs[images] - distance, error
+        return None, None
 
     def complete(self, trial_id: str, lost: str | None) -> None:
-        """Close a trial: complete with its last distance, or failed."""
-        running = self._running.pop(trial_id)
+        """Close a trial: complete with its last distance, pruned where it was not to have all images, or failed."""
+        self._end(self._running.pop(trial_id), lost)
+
+    def _end(self, running: _Running, lost: str | None) -> None:
         failure = lost or running.failure
-        if failure is None:
-            ended = self._store.finish_evaluation(running.evaluation.id)
-            self._study.tell(running.trial, ended.distance)
-        else:
-            ended = self._store.fail_evaluation(running.evaluation.id, failure)
+        evaluation = running.evaluation
+        full = self._job.confirm if evaluation.phase == CONFIRM else self._job.images
+        if failure is not None:
+            ended = self._store.fail_evaluation(evaluation.id, failure)
             running.trial.set_user_attr("error", failure)
             self._study.tell(running.trial, state=TrialState.FAIL)
+        elif evaluation.images < full:
+            ended = self._store.finish_evaluation(evaluation.id, pruned=True)
+            self._study.tell(running.trial, state=TrialState.PRUNED)
+        else:
+            ended = self._store.finish_evaluation(evaluation.id)
+            self._study.tell(running.trial, ended.distance)
         self._watcher.ended(ended)
 
     def check(self) -> None:
@@ -146,7 +306,7 @@ class Search:
             raise LamtuneError(self.fatal)
         if not self.finished:
             raise LamtuneError("the search was stopped before its end: submit the job again to go on")
-        if not any(e.state == "complete" for e in self._store.evaluations(self._job.id)):
+        if not any(e.state in ("complete", "pruned") for e in self._store.evaluations(self._job.id)):
             raise LamtuneError(
                 "no schedule has a finite distance, not even λ = 1: check the model and its flags, "
                 "and try model.precision: float32"

@@ -1,36 +1,59 @@
 """The Ray Tune side of a search: a thin trial that hands out image ranges, and a Searcher that asks the study.
 
 A trial holds no model and imports no torch. It gives ranges of image ids to the sampler workers, merges their
-moments rung by rung on one of them, and reports the distance; only object references pass through it.
-Knows nothing of strategies, Optuna or SQL: those are behind `SearchLoop`.
+moments rung by rung on one of them, has each worker say how much its images move that distance, and reports both;
+only object references pass through it. Knows nothing of strategies, Optuna or SQL: those are behind `SearchLoop`.
 """
 
 import logging
 import os
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import ray
 from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
+from objectives.paired import Influence, block_means
 from samplers.errors import LamtuneError, NonFiniteError
+from samplers.schedule import Schedule
 
 # Calls in flight per worker: while one is computed the next one waits at the worker, so it never idles.
 _IN_FLIGHT = 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialConfig:
+    """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
+
+    rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
+    begun before the rung is known. key: of the feature cache, see `search.blocks`.
+    """
+
+    schedule: Schedule
+    parameters: Mapping[str, float]
+    seed: int
+    key: str
+    rungs: tuple[int, ...]
+    racing: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a trial has reached: images sampled; at a rung also the distance of images 0 .. images − 1."""
+    """What a trial has reached: images sampled; at a rung also the distance of images 0 .. images − 1 and their
+    influence on it."""
 
     images: int
     distance: float | None
+    computed: int  # images that were sampled for it, and not taken from a cache
     seconds: float  # accelerator-seconds of all workers so far
+    influence: Influence | None = None
     error: str | None = None
     fatal: bool = False
 
@@ -38,7 +61,7 @@ class Progress:
 class SearchLoop(Protocol):
     """What the searcher needs from the study: trials by a string id, in a single thread."""
 
-    def next_trial(self, trial_id: str) -> "dict[str, Any] | None":
+    def next_trial(self, trial_id: str) -> TrialConfig | None:
         """The configuration of a new trial, or None: nothing to start now."""
         ...
 
@@ -47,8 +70,8 @@ class SearchLoop(Protocol):
         """No trial will follow."""
         ...
 
-    def report(self, trial_id: str, progress: Progress) -> None:
-        """A running trial got on."""
+    def report(self, trial_id: str, progress: Progress) -> bool:
+        """A running trial got on; whether it is to be stopped."""
         ...
 
     def complete(self, trial_id: str, lost: str | None) -> None:
@@ -56,21 +79,26 @@ class SearchLoop(Protocol):
         ...
 
 
-class Trial(tune.Trainable):
-    """One λ schedule: all its images, rung by rung, over all workers.
+class _Call(NamedTuple):
+    """A call at a worker: what it does ("sample", "merge" or "influences"), for which rung and images."""
 
-    config: `schedule`. Each `step` waits for the next finished call and says how far the trial is.
+    worker: int
+    kind: str
+    rung: int
+    start: int
+    stop: int
+
+
+class Trial(tune.Trainable):
+    """One schedule: all its images, rung by rung, over all workers.
+
+    config: `trial`, a TrialConfig. Each `step` waits for the next finished call and says how far the trial is.
     """
 
     def setup(
-        self,
-        config: dict[str, Any],
-        workers: Sequence[Any] = (),
-        job: Sequence[Any] = (),
-        rungs: Sequence[int] = (),
-        unit: int = 1,
+        self, config: dict[str, Any], workers: Sequence[Any] = (), job: Sequence[Any] = (), unit: int = 1
     ) -> None:
-        self._workers, self._job, self._rungs, self._unit = list(workers), list(job), list(rungs), unit
+        self._workers, self._job, self._unit = list(workers), list(job), unit
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -78,16 +106,22 @@ class Trial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._schedule = config["schedule"]
-        self._todo = deque(units(self._rungs, self._unit))
+        self._config: TrialConfig = config["trial"]
+        self._todo = deque(units(self._config.rungs, self._unit))
         self._load = [0] * len(self._workers)
-        self._pending: dict[Any, tuple[int, int, int]] = {}  # seconds/result ref → (worker, rung, images)
-        self._parts: dict[int, dict[int, Any]] = {}  # rung → {first image: moments ref}
-        self._left = [sum(1 for r, _, _ in self._todo if r == rung) for rung in range(len(self._rungs))]
+        self._pending: dict[Any, _Call] = {}
+        self._moments: dict[int, dict[int, Any]] = {}  # rung → {first image: reference}
+        self._features: dict[int, tuple[int, int, Any]] = {}  # first image → (worker, end, reference)
+        self._left = [
+            sum(1 for r, _, _ in self._todo if r == rung) for rung in range(len(self._config.rungs))
+        ]
         self._total: Any = None
-        self._rung = 0  # the rung that is merged next, or now
-        self._merging = False
-        self._images, self._seconds = 0, 0.0
+        self._rung = 0  # the rung that is measured next, or now
+        self._measuring = False
+        self._distance = 0.0
+        self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
+        self._images = self._computed = 0
+        self._seconds = 0.0
 
     def step(self) -> dict[str, Any]:
         try:
@@ -100,60 +134,92 @@ class Trial(tune.Trainable):
             return self._result(error=f"the sampler workers cannot be reached: {error}", fatal=True)
 
     def _step(self) -> dict[str, Any]:
-        self._hand_out()
-        ready, _ = ray.wait(list(self._pending), num_returns=1)
-        worker, rung, images = self._pending.pop(ready[0])
-        self._load[worker] -= 1
-        value = ray.get(ready[0])
-        if images == 0:  # a merge: value is the distance of this rung
-            self._rung, self._merging = rung + 1, False
-            self._merge()
-            return self._result(distance=value, images=self._rungs[rung], done=self._rung == len(self._rungs))
-        self._images += images
-        self._seconds += value
-        self._left[rung] -= 1
-        self._merge()
-        return self._result()
+        while True:
+            self._hand_out()
+            ready, _ = ray.wait(list(self._pending), num_returns=1)
+            call = self._pending.pop(ready[0])
+            self._load[call.worker] -= 1
+            value = ray.get(ready[0])
+            if call.kind == "sample":
+                computed, seconds = value
+                self._images += call.stop - call.start
+                self._computed += computed
+                self._seconds += seconds
+                self._left[call.rung] -= 1
+                self._measure()
+                return self._result()
+            if call.kind == "merge":
+                self._distance = value
+                continue
+            self._influences[call.start] = value
+            if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
+                return self._rung_result()
 
     def _hand_out(self) -> None:
         while self._todo:
             worker = min(range(len(self._workers)), key=self._load.__getitem__)
-            if self._load[worker] >= _IN_FLIGHT:
+            rung, start, stop = self._todo[0]
+            if self._load[worker] >= _IN_FLIGHT or (self._config.racing and rung > self._rung):
                 return
-            rung, start, stop = self._todo.popleft()
-            moments, seconds = (
+            self._todo.popleft()
+            config = self._config
+            moments, features, cost = (
                 self._workers[worker]
-                .sample.options(num_returns=2)
-                .remote(*self._job, self._schedule, start, stop)
+                .sample.options(num_returns=3)
+                .remote(*self._job, config.schedule, start, stop, config.seed, config.parameters, config.key)
             )
-            self._parts.setdefault(rung, {})[start] = moments
-            self._pending[seconds] = (worker, rung, stop - start)
-            self._load[worker] += 1
+            self._moments.setdefault(rung, {})[start] = moments
+            self._features[start] = worker, stop, features
+            self._call(cost, _Call(worker, "sample", rung, start, stop))
 
-    def _merge(self) -> None:
-        """Start the next rung's distance if its images are all there; one at a time, so that rungs end in order."""
-        if self._merging or self._rung == len(self._rungs) or self._left[self._rung]:
+    def _call(self, reference: Any, call: _Call) -> None:
+        self._pending[reference] = call
+        self._load[call.worker] += 1
+
+    @property
+    def _end(self) -> int:
+        """The number of images of the rung that is measured."""
+        return self._config.rungs[self._rung]
+
+    def _measure(self) -> None:
+        """Start on the next rung if its images are all there; one at a time, so that rungs end in order."""
+        rungs = self._config.rungs
+        if self._measuring or self._rung == len(rungs) or self._left[self._rung]:
             return
-        parts = self._parts.pop(self._rung)
+        parts = self._moments.pop(self._rung)
         # In the order of image ids, whoever computed them: sums do not depend on the workers.
         refs = [parts[start] for start in sorted(parts)]
         if self._total is not None:
             refs.insert(0, self._total)
         worker = min(range(len(self._workers)), key=self._load.__getitem__)
-        self._total, distance = self._workers[worker].merge.options(num_returns=2).remote(*refs)
-        self._pending[distance] = (worker, self._rung, 0)
-        self._load[worker] += 1
-        self._merging = True
+        self._total, distance, sensitivity = self._workers[worker].merge.options(num_returns=3).remote(*refs)
+        self._call(distance, _Call(worker, "merge", self._rung, 0, self._end))
+        self._measuring, self._influences = True, {}
+        for start, (holder, stop, features) in self._features.items():
+            if stop <= self._end:  # where they were made: features do not travel
+                influence = self._workers[holder].influences.remote(sensitivity, features)
+                self._call(influence, _Call(holder, "influences", self._rung, start, stop))
+
+    def _rung_result(self) -> dict[str, Any]:
+        influences = np.concatenate([self._influences[start] for start in sorted(self._influences)])
+        images, self._rung, self._measuring = self._end, self._rung + 1, False
+        self._measure()
+        return self._result(
+            distance=self._distance,
+            influence=block_means(influences),
+            images=images,
+            done=self._rung == len(self._config.rungs),
+        )
 
     def _result(
         self, distance: float | None = None, images: int | None = None, **extra: Any
     ) -> dict[str, Any]:
-        failed = "error" in extra
         return {
             "images": self._images if images is None else images,
             "distance": distance,
+            "computed": self._computed,
             "seconds": self._seconds,
-            "done": failed,
+            "done": "error" in extra,
             **extra,
         }
 
@@ -176,7 +242,7 @@ def units(rungs: Sequence[int], unit: int) -> list[tuple[int, int, int]]:
 
 
 class StudySearcher(Searcher):
-    """Ray Tune's view of a search: asks the loop for trials and tells it what they report."""
+    """Ray Tune's view of a search: asks the loop for trials and tells it when they end."""
 
     def __init__(self, loop: SearchLoop) -> None:
         super().__init__(metric="images", mode="max")  # Tune's own ranking is not used
@@ -185,19 +251,13 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         config = self._loop.next_trial(trial_id)
         if config is not None:
-            return config
+            return {"trial": config}
         # FINISHED cannot be taken back, so it is said only when nothing runs and nothing will follow.
         return Searcher.FINISHED if self._loop.finished else None
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._loop.report(trial_id, _progress(result))
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        # Tune gives a trial's last report here and not to on_trial_result.
-        if result is not None and not error:
-            self._loop.report(trial_id, _progress(result))
         self._loop.complete(trial_id, "its Tune process died" if error else None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,26 +270,37 @@ class StudySearcher(Searcher):
         raise NotImplementedError("a search is resumed from its SQL store")
 
 
-def _progress(result: dict[str, Any]) -> Progress:
-    return Progress(
-        images=result["images"],
-        distance=result.get("distance"),
-        seconds=result["seconds"],
-        error=result.get("error"),
-        fatal=result.get("fatal", False),
-    )
+class _Reports(Stopper):
+    """Passes every report on to the loop, which says whether the trial goes on; Tune asks this before all others."""
+
+    def __init__(self, loop: SearchLoop) -> None:
+        self._loop = loop
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._loop.report(
+            trial_id,
+            Progress(
+                images=result["images"],
+                distance=result.get("distance"),
+                computed=result["computed"],
+                seconds=result["seconds"],
+                influence=result.get("influence"),
+                error=result.get("error"),
+                fatal=result.get("fatal", False),
+            ),
+        )
+
+    def stop_all(self) -> bool:
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # see StudySearcher
 
 
-def run_trials(
-    loop: SearchLoop,
-    workers: Sequence[ActorHandle[Any]],
-    sampling: object,
-    rungs: Sequence[int],
-    unit: int,
-) -> None:
+def run_trials(loop: SearchLoop, workers: Sequence[ActorHandle[Any]], sampling: object, unit: int) -> None:
     """Run trials until the loop has finished. Ray must be initialised; every trial uses all workers.
 
-    sampling: passed on to the workers' `sample`. rungs: image counts, ascending. unit: images per call.
+    sampling: passed on to the workers' `sample`. unit: images per call.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -243,7 +314,6 @@ def run_trials(
             Trial,
             workers=list(workers),
             job=[ray.put(sampling)],
-            rungs=list(rungs),
             unit=unit,
         ),
         # A trial only waits, so it takes no processor from the workers; Tune wants some resource to be named.
@@ -260,6 +330,7 @@ def run_trials(
             ),
             run_config=tune.RunConfig(
                 name="trials",
+                stop=_Reports(loop),
                 storage_path=scratch,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

@@ -10,11 +10,17 @@ from __future__ import annotations  # a handle brings the signatures along
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from objectives.influence import Sensitivity
     from objectives.moments import Moments
     from objectives.reference import Reference
     from samplers.sampling import Solver
     from samplers.schedule import Schedule
-    from search.evaluator import Evaluator
+    from search.evaluator import Evaluator, Features
     from search.spec import JobSpec
 
 
@@ -44,10 +50,26 @@ class SamplerWorker:
         assert self._loaded is not None
         return self._loaded
 
-    def sample(self, sampling: Solver, schedule: Schedule, start: int, stop: int) -> tuple[Moments, float]:
-        """See Evaluator.sample."""
-        return self._evaluator.sample(sampling, schedule, start, stop)
+    def sample(
+        self,
+        sampling: Solver,
+        schedule: Schedule,
+        start: int,
+        stop: int,
+        seed: int,
+        parameters: Mapping[str, float],
+        key: str,
+    ) -> tuple[Moments, Features, tuple[int, float]]:
+        """See Evaluator.sample; the last item is the number of images that were computed, and the seconds."""
+        moments, features, computed, seconds = self._evaluator.sample(
+            sampling, schedule, start, stop, seed=seed, parameters=parameters, key=key
+        )
+        return moments, features, (computed, seconds)
 
-    def merge(self, *parts: Moments) -> tuple[Moments, float]:
+    def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
         """See Evaluator.merge."""
         return self._evaluator.merge(*parts)
+
+    def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
+        """See Evaluator.influences."""
+        return self._evaluator.influences(sensitivity, features)

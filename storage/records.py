@@ -174,7 +174,8 @@ class Best:
     """The best schedule that the store has for a (model, dataset, NFE), and what finding it cost.
 
     `k`, `b`, `lambdas`, `parameters`, `number`, `phase`, `distance`, `standard_error`, `gain`, `gain_error`, `images`,
-    `seed`, `metrics`: of the winning evaluation (see `Evaluation`). `confirmed`: whether its random numbers are other
+    `seed`, `metrics`: of the winning evaluation (see `Evaluation`). `significant`: whether the gain is more than
+    twice its standard error; None where that is not known. `confirmed`: whether its random numbers are other
     ones than the search's, so that no luck of the search is in the distance. `baseline_distance`: of λ = 1 in the
     same job, on the same random numbers and as many images; None where that was not measured. `images`, `seed`,
     `evaluator` (fingerprint) and `model_fingerprint` say what the distance may be compared with. `trials`,
@@ -197,6 +198,7 @@ class Best:
     baseline_distance: float | None
     gain: float | None
     gain_error: float | None
+    significant: bool | None
     confirmed: bool
     images: int
     seed: int
@@ -211,10 +213,3 @@ class Best:
     seconds: float
     confirm_network_evaluations: int
     confirm_seconds: float
-
-    @property
-    def significant(self) -> bool | None:
-        """Whether λ = 1 is worse by more than twice the gain's standard error; None where that is not known."""
-        if self.gain is None or self.gain_error is None:
-            return None
-        return self.gain > 2 * self.gain_error

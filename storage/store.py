@@ -240,6 +240,22 @@ class Store:
         with self._session() as session:
             return tuple(row.record() for row in session.scalars(query))
 
+    def alike(self, dataset: str, solver: str, evaluator: str) -> tuple[Job, ...]:
+        """The finished jobs on a dataset with a solver whose distances are those of one evaluator (its fingerprint)."""
+        query = (
+            select(JobRow)
+            .join(JobRow.evaluator)
+            .where(
+                JobRow.dataset == dataset,
+                JobRow.solver == solver,
+                JobRow.status == "finished",
+                EvaluatorRow.fingerprint == evaluator,
+            )
+            .order_by(JobRow.id)
+        )
+        with self._session() as session:
+            return tuple(row.record() for row in session.scalars(query))
+
     def set_status(self, job_id: int, status: JobStatus, error: str | None = None) -> Job:
         """Move a job to `status`, with a text for people if it failed; NotInStore if it is not there."""
         now = datetime.now(UTC)
@@ -508,6 +524,9 @@ class Store:
             baseline_distance=None if baseline is None else baseline.distance,
             gain=winner.gain,
             gain_error=winner.gain_error,
+            significant=None
+            if winner.gain is None or winner.gain_error is None
+            else winner.gain > 2 * winner.gain_error,
             confirmed=confirmed,
             images=winner.images,
             seed=winner.seed,

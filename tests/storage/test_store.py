@@ -382,6 +382,7 @@ class TestBest:
             baseline_distance=10.0,
             gain=None,
             gain_error=None,
+            significant=None,
             confirmed=False,
             images=IMAGES,
             seed=7,

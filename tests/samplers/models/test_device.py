@@ -1,5 +1,5 @@
-"""One network of each kind on a GPU: float32 there equals float64 on the processor, and so does the compiled form within
-its precision. Skipped where there is no GPU.
+"""One network of each kind on a GPU: float32 there equals float64 on the processor, and so does the compiled form
+within its precision. Skipped where there is no GPU.
 
 Needs torch, numpy and pydantic; the networks of the diffusers library are skipped where it is absent.
 """
