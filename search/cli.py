@@ -140,6 +140,61 @@ def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_
 
 
 @main.command()
+@click.option("--model", required=True, help="The model's name in its job file.")
+@click.option("--dataset", required=True, help="The dataset's name in its job file.")
+@click.option("--nfe", required=True, type=int, help="Number of network evaluations per image.")
+@click.option("--solver", help="Only this solver (ddpm, heun, …); default: the best of all.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "adm-es", "edm-es", "comfyui", "diffusers"]),
+    default="json",
+    show_default=True,
+    help="For whom: JSON for programs and samplers.apply, or the values that another program takes.",
+)
+@click.option(
+    "--job",
+    type=click.Path(path_type=Path),
+    metavar="JOB.yaml",
+    help="Also write the timestep or sigma of each evaluation (json), from the network of this job file.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: standard output."
+)
+@_store_option
+def export(
+    model: str,
+    dataset: str,
+    nfe: int,
+    solver: str | None,
+    form: str,
+    job: Path | None,
+    output: Path | None,
+    store: str,
+) -> None:
+    """Write the best schedule in the form in which another program takes it."""
+    from search.export import export as write
+    from search.export import network_times
+    from storage import open_store
+
+    with open_store(store) as opened:
+        found = opened.best(model=model, dataset=dataset, nfe=nfe, solver=solver)
+    times = None
+    if job is not None:
+        from search.spec import load
+
+        times = network_times(load(job), found)
+    text = write(found, form, times) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+
+
+@main.command()
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
 @_store_option
 def dashboard(port: int, store: str) -> None:
