@@ -32,6 +32,7 @@ Level = tuple[float, float]
 """alpha and sigma of x = alpha·x0 + sigma·eps, x as the network sees it."""
 
 _KINDS: Mapping[str, Kind] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+_HALF = (torch.float16, torch.bfloat16)
 _Network = TypeVar("_Network", bound=Callable[..., Any])
 
 
@@ -124,11 +125,12 @@ def scaled_network(
     calls, or a batch in parts. Guidance is linear, so dividing both of its halves by λ divides the guided noise, which
     is what lamtune searches.
 
-    Images are those of lamtune's own sampling with the same solver, start and noise: to the last bit where the answer
-    has the dtype of the solver's state, else (float32 networks in EDM's float64 samplers) to the answer's rounding.
+    Images are those of lamtune's own sampling with the same solver, start and noise, bit for bit on one device, where
+    the network is given the solver's state itself. The division is done in the dtype of the state if that is the
+    finer one, and so is the answer: half precision would round λ away.
 
-    Raises InputError: levels that are missing or do not fit; a run that ends before all evaluations (found at the
-    end of the block). A run with more than the schedule has begins anew at t = nfe - 1 and is found at the end too.
+    Raises InputError: levels that are missing or do not fit; states of half precision; at the end of the block, runs
+    of another length than the schedule's (but for whole multiples of it, which look like so many runs).
     """
     if prediction not in _KINDS.values():
         raise InputError(f"a network predicts {', '.join(_KINDS.values())}, not {prediction!r}")
@@ -144,12 +146,17 @@ def scaled_network(
     def scale(x: Tensor, answer: Any) -> Any:
         t = evaluations.next()
         level = None if levels is None else levels[t]
-        return _with_first(
-            answer,
-            _first_half(
-                _first(answer), x, lambda part: divided(prediction, part, x, schedule.lambdas[t], level)
-            ),
-        )
+        dtype = torch.promote_types(_first(answer).dtype, x.dtype)
+        if dtype in _HALF:
+            raise InputError(
+                f"the state and the network's answer are both {dtype}, whose rounding is as large as λ - 1: keep the "
+                "state in float32 (torch.autocast does)"
+            )
+
+        def change(part: Tensor) -> Tensor:
+            return divided(prediction, part.to(dtype), x.to(dtype), schedule.lambdas[t], level)
+
+        return _with_first(answer, _first_half(_first(answer), x, change))
 
     if isinstance(network, nn.Module):
         hook = network.register_forward_hook(
@@ -267,10 +274,14 @@ def scaled_pipeline(pipeline: Any, schedule: Schedule) -> Iterator[Any]:
             )
         t = evaluations.next()
         seen = sample if kind == "epsilon" else scheduler.scale_model_input(sample, timestep)
+        half = model_output.dtype if model_output.dtype in _HALF else None
+        if half is not None:  # in which λ would be rounded away
+            model_output, seen = model_output.float(), seen.float()
         scaled = _first_half(
             model_output, sample, lambda part: divided(kind, part, seen, schedule.lambdas[t], levels[t])
         )
-        return original_step(scaled, timestep, sample, *args, **kwargs)
+        result = original_step(scaled, timestep, sample, *args, **kwargs)
+        return result if half is None else _cast(result, half)
 
     scheduler.step, scheduler.set_timesteps = step, set_timesteps
     try:
@@ -278,6 +289,14 @@ def scaled_pipeline(pipeline: Any, schedule: Schedule) -> Iterator[Any]:
     finally:
         del scheduler.step, scheduler.set_timesteps  # the class's own are there again
     evaluations.finish()
+
+
+def _cast(result: Any, dtype: torch.dtype) -> Any:
+    """The next sample of a step in the pipeline's dtype."""
+    if isinstance(result, tuple):
+        return (result[0].to(dtype), *result[1:])
+    result.prev_sample = result.prev_sample.to(dtype)
+    return result
 
 
 def _levels(scheduler: Any) -> list[Level | None]:

@@ -91,16 +91,18 @@ def test_a_schedule_read_from_a_file_gives_the_images_of_the_search_bit_for_bit(
 
 
 def test_in_three_lines_for_a_loop_of_one_s_own(tmp_path: Path) -> None:
-    # Euler steps as somebody would write them, in float64 with a float64 network: the images of the search.
+    # Euler steps in float64 as somebody would write them, around a network that works in float32.
     net = model(tmp_path, time="sigma", prediction="epsilon")
-    network = net.network.double()
-    net.answer = lambda x, time, labels: network(x, torch.full((len(x),), time, dtype=torch.float64))
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return net.network(x.float(), sigma.float())
+
     solver, schedule = EDM("euler", 9), Schedule.linear(9, 0.01, 0.95)
     sigmas = [*solver.plan(net).times[::-1].tolist(), 0.0]
 
     def loop(net: Callable[..., Tensor], x: Tensor) -> Tensor:
         for now, then in pairwise(sigmas):
-            x = x + (then - now) * net(x, torch.full((len(x),), now, dtype=torch.float64))
+            x = x + (then - now) * net(x, torch.full((len(x),), now))
         return x
 
     start = sigmas[0] * noise.normal(3, IDS, INITIAL_DRAW, SHAPE, torch.float64)
@@ -360,23 +362,50 @@ def test_scaling_both_halves_in_the_network_is_scaling_the_guided_noise(
     assert (loop() - guided).abs().max() > 1e-2
 
 
-def test_a_learned_variance_in_the_scheduler_is_left_alone(folders: Any) -> None:
-    seen = []
-    stepper = diffusers.DDPMScheduler(variance_type="learned_range")
-    stepper.set_timesteps(2)
-    original = diffusers.DDPMScheduler.step
+def spied(monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[Tensor]:
+    """What the scheduler's own step is handed."""
+    seen: list[Tensor] = []
+    original = kind.step
 
     def spy(self: Any, output: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(output)
         return original(self, output, *args, **kwargs)
 
+    monkeypatch.setattr(kind, "step", spy)
+    return seen
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_half_precision_does_not_round_the_scaling_away(
+    monkeypatch: pytest.MonkeyPatch, return_dict: bool
+) -> None:
+    seen = spied(monkeypatch, diffusers.DDIMScheduler)
+    stepper = diffusers.DDIMScheduler()
+    stepper.set_timesteps(1)
+    x = torch.randn(1, 3, 4, 4).bfloat16()
+    assert torch.equal(x / 1.0005, x)
+    with scaled_pipeline(stepper, Schedule.uniform(1, 1.0005)):
+        result = stepper.step(x, stepper.timesteps[0], x, return_dict=return_dict)
+    assert torch.equal(seen[0], x.float() / 1.0005)
+    assert (result.prev_sample if return_dict else result[0]).dtype == torch.bfloat16
+    with scaled_network(lambda x, t: x.bfloat16(), Schedule.uniform(1, 1.0005)) as net:  # as under autocast
+        assert torch.equal(net(x.float(), 0), x.float() / 1.0005)
+    with (
+        pytest.raises(InputError, match="both torch.bfloat16, .*: keep the state in float32"),
+        scaled_network(lambda x, t: x, Schedule.uniform(1, 1.0005)) as net,
+    ):
+        net(x, 0)
+
+
+def test_a_learned_variance_in_the_scheduler_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spied(monkeypatch, diffusers.DDPMScheduler)
+    stepper = diffusers.DDPMScheduler(variance_type="learned_range")
+    stepper.set_timesteps(2)
     answer = torch.randn(1, 6, 4, 4)
     x = torch.randn(1, 3, 4, 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusers.DDPMScheduler, "step", spy)
-        with scaled_pipeline(stepper, Schedule.free([2.0, 4.0])):
-            for t in stepper.timesteps:
-                stepper.step(answer, t, x)
+    with scaled_pipeline(stepper, Schedule.free([2.0, 4.0])):
+        for t in stepper.timesteps:
+            stepper.step(answer, t, x)
     assert torch.equal(torch.cat(seen)[:, 3:], torch.cat([answer, answer])[:, 3:])
     assert torch.equal(torch.cat(seen)[:, :3], torch.cat([answer / 4, answer / 2])[:, :3])
 
