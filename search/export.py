@@ -143,7 +143,7 @@ def _adm_es(best: Best) -> str:
         notes += [
             "# In guided_diffusion/gaussian_diffusion.py, where GaussianDiffusion sets sampling_scaler:",
             f"#   1. the mean 1.011 becomes {mean!r}",
-            "#   2. the commented-out list, start + i * stride, is un-commented",
+            "#   2. what is commented out there, the list of start + i * stride, is un-commented",
             "#   3. the line after it, which makes the list uniform, is deleted (else λ would be k)",
         ]
     else:
