@@ -7,6 +7,7 @@ Data: the 1,797 grey 8×8 digits that ship with scikit-learn. Writes, into the p
     samplers/models/digits.pt          state dict in the ADM naming, half precision (flags: samplers/models/digits.py)
     objectives/digits-features.pt      a small classifier whose pooled layer is the feature space
     objectives/digits-reference.npz    mean and covariance of the features of all digits
+    objectives/digits-images.npz       the digits, for what needs images: metrics beside the distance, the diagnosis
 
 The diffusion network is trained like ADM (noise prediction, cosine schedule, 1,000 steps) but for minutes, at a high
 learning rate and without the mean of weights over time: its predictions err, as those of larger networks do on
@@ -26,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from objectives.features import DIGITS, DIGITS_WEIGHTS, DigitsFeatures, load_extractor
-from objectives.reference import DIGITS_REFERENCE, Reference, compute_reference
+from objectives.reference import DIGITS_IMAGES, DIGITS_REFERENCE, Reference, compute_reference
 from samplers.grids import training_betas
 from samplers.models.adm import AdmOptions
 from samplers.models.digits import FLAGS, WEIGHTS
@@ -121,6 +122,7 @@ def main() -> None:
     if arguments.only != "network":
         torch.save(train_features(pixels, classes, steps=3000).state_dict(), DIGITS_WEIGHTS)
         statistics(pixels).save(DIGITS_REFERENCE)
+        np.savez_compressed(DIGITS_IMAGES, arr_0=pixels.permute(0, 2, 3, 1).numpy())
     if arguments.only != "features":
         torch.save(train_network(pixels, arguments.steps), WEIGHTS)
 

@@ -35,6 +35,7 @@ from samplers.errors import InputError
 
 DIGITS = "digits"
 DIGITS_REFERENCE = Path(__file__).with_name("digits-reference.npz")
+DIGITS_IMAGES = Path(__file__).with_name("digits-images.npz")
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after each batch."""
@@ -198,10 +199,11 @@ def read_images(
 ) -> Iterator[Tensor]:
     """The images of `source` (see `load_reference`) in batches of up to 500, uint8 [B, *shape] on the CPU.
 
-    With `most` no more than that many, spread evenly over the source: the first ones would all be of one class
-    where a class has a folder. Raises InputError as `load_reference` does; no images are no batches.
+    "digits" has its images beside its statistics. With `most` no more than that many, spread evenly over the source:
+    the first ones would all be of one class where a class has a folder. Raises InputError as `load_reference` does; no
+    images are no batches.
     """
-    path = Path(source)
+    path = DIGITS_IMAGES if source == DIGITS else Path(source)
     images = _images(path)
     if most is not None:
         count = sum(1 for _ in _images(path))

@@ -205,7 +205,7 @@ def _prepared(name: str, config: str, options: str, betas: bytes, nfe: int, lear
     try:
         scheduler = build(steps)
         start = float(scheduler.init_noise_sigma)
-        times, alpha, sigma = _rehearsed(deepcopy(scheduler), name, takes_v, arguments)
+        times, alpha, sigma = rehearsed(deepcopy(scheduler), name, takes_v, arguments)
         return Prepared(name, lambda: deepcopy(scheduler), times, alpha, sigma, start, takes_v, arguments)
     except InputError:
         raise
@@ -256,10 +256,10 @@ def _steps(build: Callable[[int], Any], name: str, nfe: int) -> int:
     raise InputError(f"sampling.nfe: {name} cannot make {nfe} network evaluations{hint}")
 
 
-def _rehearsed(
+def rehearsed(
     scheduler: Any, name: str, takes_v: bool, arguments: Mapping[str, Any]
 ) -> tuple[Floats, Floats, Floats]:
-    """times, alpha and sigma of the evaluations, from a run on zeros of one pixel."""
+    """times, alpha and sigma of the evaluations, from a run on zeros of one pixel, which uses the scheduler up."""
     times = scheduler.timesteps.double().numpy()
     shape = (1, 1, 1, 1)
     x, out = torch.zeros(shape), torch.zeros(1, 2 if takes_v else 1, 1, 1)

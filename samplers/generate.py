@@ -25,6 +25,9 @@ from samplers.schedule import Schedule
 # batches gain nothing; on a processor what its caches hold. And images, of which a worker is not asked for more.
 _ELEMENTS = {"cuda": 2000 * 3 * 32 * 32, "cpu": 16_384}
 _IMAGES = 2000
+Observe = Callable[[int, Tensor, Tensor], None]
+"""observe(t, x, eps): the state that the network saw at evaluation t, and the noise that it predicted, undivided."""
+
 INITIAL_DRAW = 0  # the step whose first evaluation is t takes draw t + 1
 
 
@@ -44,10 +47,11 @@ class Sampler:
     micro_batch: int | None = None
 
     @torch.no_grad()
-    def images(self, schedule: Schedule, start: int, stop: int) -> Tensor:
+    def images(self, schedule: Schedule, start: int, stop: int, observe: Observe | None = None) -> Tensor:
         """Images of the ids start … stop − 1 as uint8 [stop − start, C, H, W] on the device.
 
-        Raises NonFiniteError. λ_t = schedule.lambdas[t] divides the predicted noise of evaluation t.
+        Raises NonFiniteError. λ_t = schedule.lambdas[t] divides the predicted noise of evaluation t. observe is
+        called at each evaluation.
         """
         assert schedule.nfe == self.sampling.nfe, f"{schedule.nfe} λ for {self.sampling.nfe} evaluations"
         ids = torch.arange(start, stop, device=self.device)
@@ -62,8 +66,9 @@ class Sampler:
             begin = plan.start * noise.normal(self.seed, ids, INITIAL_DRAW, shape, dtype)
         else:
             begin = self.model.prior(self.seed, ids).to(dtype)
+        network = self.network(plan.times, labels)
         x = plan.run(
-            self.network(plan.times, labels),
+            network if observe is None else observed(network, observe),
             schedule,
             begin,
             step_noise,
@@ -127,6 +132,17 @@ class Sampler:
             with torch.autocast(self.device.type, self.precision):
                 answer = self.model(x, time, labels)
         return Prediction(answer.eps[:count], None if answer.v is None else answer.v[:count])
+
+
+def observed(predict: Predict, observe: Observe) -> Predict:
+    """The same prediction, and `observe` sees each."""
+
+    def predict_observed(x: Tensor, t: int) -> Prediction:
+        answer = predict(x, t)
+        observe(t, x, answer.eps)
+        return answer
+
+    return predict_observed
 
 
 def measure_ms_eps(

@@ -6,7 +6,7 @@ Knows nothing of networks (what it needs of one comes in as plain numbers), imag
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -162,6 +162,12 @@ class DiscreteGrid(Timesteps):
         """The variance of q(x_{t-1} | x_t, x_0), β(1 - abar_prev)/(1 - abar) [nfe]; 0 at t = 0."""
         return self.beta * (1 - self.abar_prev) / (1 - self.abar)
 
+    def tail(self, t: int) -> "DiscreteGrid":
+        """The same process from evaluation t on, for sampling that starts there. InputError unless 1 <= t < nfe."""
+        if not 1 <= t < self.nfe:
+            raise InputError(f"sampling can start at evaluation 1 to {self.nfe - 1}, not {t}")
+        return DiscreteGrid(self.timestep[: t + 1].copy(), self.beta[: t + 1].copy())
+
 
 def discrete_grid(betas: Floats, respacing: str) -> DiscreteGrid:
     """The grid of `respaced(respacing, len(betas))` for a network trained with `betas` (float64 [steps]).
@@ -253,6 +259,24 @@ class SigmaGrid:
     def nfe(self) -> int:
         """The number of network evaluations."""
         return self.times.size
+
+    def tail(self, t: int) -> "SigmaGrid":
+        """The same steps from that of evaluation t on, for sampling that starts there with a state at times[t]:
+        where that step churns, its noise has been added. InputError unless a step begins with evaluation t."""
+        steps = [step for step in self.steps if step.t <= t]
+        if not 0 <= t < self.nfe or steps[0].t != t:
+            begins = ", ".join(str(step.t) for step in reversed(self.steps))
+            raise InputError(f"sampling can start where a step begins, at evaluation {begins}, not {t}")
+        steps[0] = replace(steps[0], stretch=1.0, noise=0.0)
+        return SigmaGrid(
+            steps=tuple(steps),
+            times=self.times[: t + 1].copy(),
+            scale=self.scale[: t + 1].copy(),
+            drift=self.drift[: t + 1].copy(),
+            gain=self.gain[: t + 1].copy(),
+            start=float(self.scale[t]),
+            alpha=self.alpha,
+        )
 
 
 def default_sigma_range(discretization: Discretization) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from samplers.grids import (
     Discretization,
     Floats,
     Scaling,
+    SigmaGrid,
     TimeSchedule,
     discrete_grid,
     sigma_grid,
@@ -44,12 +45,15 @@ class Plan:
     """A solver bound to a network's process.
 
     times[t] is what the network is told at evaluation t. start: a network without a prior of its own is sampled
-    from start times standard normal noise.
+    from start times standard normal noise. tail(t): the plan of the evaluations t … 0, for sampling that starts with
+    its `start` times a state as the network sees it at evaluation t; InputError where it cannot start there. None:
+    the solver cannot start anywhere else than at its beginning.
     """
 
     times: Floats
     run: Run
     start: float = 1.0
+    tail: "Callable[[int], Plan] | None" = None
 
 
 _CLOSED = ConfigDict(extra="forbid")  # a key that the solver does not have is an error in the job file
@@ -81,7 +85,9 @@ class DDPM:
             raise InputError(
                 "sampling.variance: learned_range needs a network with learn_sigma; use fixed_large"
             )
+        return self._on(grid, variance)
 
+    def _on(self, grid: DiscreteGrid, variance: Variance) -> Plan:
         def run(
             net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
         ) -> Tensor:
@@ -89,7 +95,7 @@ class DDPM:
                 scaled(net, schedule), x, grid, noise, variance=variance, clip=self.clip, gradient=gradient
             )
 
-        return Plan(grid.times, run)
+        return Plan(grid.times, run, tail=lambda t: self._on(grid.tail(t), variance))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +121,9 @@ class DDIM:
     def plan(self, model: Model) -> Plan:
         """Raises InputError where the network or the NFE does not fit."""
         _images_only(model, self.clip)
-        grid = _discrete(model, self.solver, self.nfe, self.respacing or f"ddim{self.nfe}")
+        return self._on(_discrete(model, self.solver, self.nfe, self.respacing or f"ddim{self.nfe}"))
 
+    def _on(self, grid: DiscreteGrid) -> Plan:
         def run(
             net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
         ) -> Tensor:
@@ -125,7 +132,7 @@ class DDIM:
                 predict, clip = scaled(guided(predict, gradient, grid, clip=clip), schedule), False
             return solvers.ddim(predict, x, grid, noise, eta=self.eta, clip=clip)
 
-        return Plan(grid.times, run)
+        return Plan(grid.times, run, tail=lambda t: self._on(grid.tail(t)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +191,9 @@ class EDM:
             limits=model.sigma_range,
             round_sigma=model.round_sigma,
         )
+        return self._on(grid)
 
+    def _on(self, grid: SigmaGrid) -> Plan:
         def run(
             net: Predict, schedule: Schedule, x: Tensor, noise: Noise, gradient: Gradient | None
         ) -> Tensor:
@@ -195,7 +204,7 @@ class EDM:
                 predict = scaled(solvers.change_of_variables(net, grid), first)
             return solvers.edm(predict, x, grid, noise)
 
-        return Plan(grid.times, run, grid.start)
+        return Plan(grid.times, run, grid.start, lambda t: self._on(grid.tail(t)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ def main() -> None:
     Try it:            lamtune demo
     Your own model:    lamtune submit job.yaml
     What was found:    lamtune best --model M --dataset D --nfe 20
+    Use it elsewhere:  lamtune export --model M --dataset D --nfe 20
+    Why it helps:      lamtune diagnose job.yaml --schedule best
     Look at it:        lamtune dashboard
     """
 
@@ -260,6 +262,107 @@ def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_
     with open_store(store) as opened:
         found = opened.best(model=model, dataset=dataset, nfe=nfe, solver=solver)
     click.echo(json.dumps(best_as_dict(found), indent=2) if as_json else best_as_text(found))
+
+
+@main.command()
+@click.option("--model", required=True, help="The model's name in its job file.")
+@click.option("--dataset", required=True, help="The dataset's name in its job file.")
+@click.option("--nfe", required=True, type=int, help="Number of network evaluations per image.")
+@click.option("--solver", help="Only this solver (ddpm, heun, …); default: the best of all.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "adm-es", "edm-es", "comfyui", "diffusers"]),
+    default="json",
+    show_default=True,
+    help="For whom: JSON for programs and samplers.apply, or the values that another program takes.",
+)
+@click.option(
+    "--job",
+    type=click.Path(path_type=Path),
+    metavar="JOB.yaml",
+    help="Also write the timestep or sigma of each evaluation (json), from the network of this job file.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: standard output."
+)
+@_store_option
+def export(
+    model: str,
+    dataset: str,
+    nfe: int,
+    solver: str | None,
+    form: str,
+    job: Path | None,
+    output: Path | None,
+    store: str,
+) -> None:
+    """Write the best schedule in the form in which another program takes it."""
+    from search.export import export as write
+    from search.export import network_times
+    from storage import open_store
+
+    with open_store(store) as opened:
+        found = opened.best(model=model, dataset=dataset, nfe=nfe, solver=solver)
+    times = None
+    if job is not None:
+        from search.spec import load
+
+        times = network_times(load(job), found)
+    text = write(found, form, times) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _write(output, text)
+
+
+@main.command()
+@click.argument("job", type=click.Path(path_type=Path), metavar="JOB.yaml")
+@click.option("--nfe", type=int, help="Which of the job's samplings, where it has several.")
+@click.option("--schedule", metavar="best|K,B", help="Beside λ = 1: the store's best, or λ_t = K·t + B.")
+@click.option(
+    "--images", type=click.IntRange(2), default=10_000, show_default=True, help="Images per schedule."
+)
+@click.option("--late", metavar="T,T,…", help="Also start from real images noised to these evaluations.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIAGNOSIS.json")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png|svg", help="Draw the curves.")
+@_store_option
+@_json_option
+def diagnose(
+    job: Path,
+    nfe: int | None,
+    schedule: str | None,
+    images: int,
+    late: str | None,
+    output: Path | None,
+    plot: Path | None,
+    store: str,
+    as_json: bool,
+) -> None:
+    """Measure the exposure bias of a job's network on this machine: what epsilon scaling corrects.
+
+    The size of the predicted noise in sampling and in training, their ratio, and the distance δ_t between the states
+    of both, at every evaluation. Give a DIAGNOSIS.json in place of the job to show or draw it again.
+    """
+    from search import diagnose as diagnosis
+
+    again = job.suffix == ".json"
+    found = diagnosis.read(job) if again else diagnosis.run(job, nfe, schedule, images, late, store)
+    text = json.dumps(found.as_dict(), indent=2)
+    if output is not None:
+        _write(output, text + "\n")
+    if plot is not None:
+        from search import figures
+
+        figures.save(figures.diagnosis(found), plot)
+    click.echo(text if as_json else diagnosis.as_text(found))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 @main.command()

@@ -237,6 +237,16 @@ def test_inception_gives_torch_fidelitys_features(
     torch.testing.assert_close(pooled(batch), inception(batch)[1])
 
 
+def test_inception_gives_features_and_logits_in_one_pass(
+    inception: FeatureExtractorInceptionV3, pooled: NetworkExtractor
+) -> None:
+    batch = images(3, 3, 32)
+    features, logits = pooled.with_logits(batch)
+    torch.testing.assert_close(features, pooled(batch))
+    assert logits.shape == (3, 1008)
+    torch.testing.assert_close(logits, pooled(batch) @ inception.fc.weight.T.detach())
+
+
 def test_another_layer_has_another_dimension_and_fingerprint(
     inception: FeatureExtractorInceptionV3, inception_file: Path, pooled: NetworkExtractor
 ) -> None:

@@ -236,6 +236,28 @@ def test_reference_writes_statistics_that_a_job_can_use(tmp_path):
     assert "absent" in empty.output
 
 
+def test_export_writes_what_the_search_found(submitted, url, tmp_path):
+    words = ("export", "--model", "gauss", "--dataset", "digits", "--nfe", 5, "--store", url)
+    found = json.loads(run("best", *words[1:], "--json").output)
+    result = run(*words, "--job", tmp_path / "job.yaml", "-o", tmp_path / "best.json")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    assert written["lambdas"] == found["lambdas"]
+    assert [step["timestep"] for step in written["steps"]] == [0, 250, 500, 749, 999]
+    uniform = run(*words, "--format", "adm-es")
+    assert f"--eps_scaler {found['b']}" in uniform.output
+    heavy = "{'torch', 'ray', 'optuna', 'numpy'} & set(sys.modules)"
+    program = "import sys; from search.cli import main; main(sys.argv[1:], standalone_mode=False)"
+    script = f"{program}; sys.exit({heavy} or 0)"
+    light = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert light.returncode == 0, light.stderr
+    assert json.loads(light.stdout)["lambdas"] == found["lambdas"]
+    refused = run(*words, "--format", "edm-es")
+    assert refused.exit_code == 2
+    assert "EDM-ES has no ddpm" in refused.output
+    assert run(*words, "-o", tmp_path / "no" / "folder.json").exit_code == 2
+
+
 def test_the_demo_is_the_full_protocol_on_ten_thousand_images():
     from search import cli
 
