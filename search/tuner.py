@@ -118,8 +118,9 @@ class Trial(tune.Trainable):
         self._total: Any = None
         self._rung = 0  # the rung that is measured next, or now
         self._measuring = False
-        self._distance = 0.0
-        self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
+        # Of the rung that is measured: its distance, and first image → influences.
+        self._distance: float | None = None
+        self._influences: dict[int, Any] = {}
         self._images = self._computed = 0
         self._seconds = 0.0
 
@@ -150,9 +151,10 @@ class Trial(tune.Trainable):
                 return self._result()
             if call.kind == "merge":
                 self._distance = value
-                continue
-            self._influences[call.start] = value
-            if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
+            else:
+                self._influences[call.start] = value
+            wanted = sum(end <= self._end for _, end, _ in self._features.values())
+            if self._distance is not None and len(self._influences) == wanted:
                 return self._rung_result()
 
     def _hand_out(self) -> None:
@@ -194,7 +196,8 @@ class Trial(tune.Trainable):
         worker = min(range(len(self._workers)), key=self._load.__getitem__)
         self._total, distance, sensitivity = self._workers[worker].merge.options(num_returns=3).remote(*refs)
         self._call(distance, _Call(worker, "merge", self._rung, 0, self._end))
-        self._measuring, self._influences = True, {}
+        # Calls that become ready together are not told in any order.
+        self._measuring, self._distance, self._influences = True, None, {}
         for start, (holder, stop, features) in self._features.items():
             if stop <= self._end:  # where they were made: features do not travel
                 influence = self._workers[holder].influences.remote(sensitivity, features)
@@ -203,9 +206,10 @@ class Trial(tune.Trainable):
     def _rung_result(self) -> dict[str, Any]:
         influences = np.concatenate([self._influences[start] for start in sorted(self._influences)])
         images, self._rung, self._measuring = self._end, self._rung + 1, False
+        distance = self._distance
         self._measure()
         return self._result(
-            distance=self._distance,
+            distance=distance,
             influence=block_means(influences),
             images=images,
             done=self._rung == len(self._config.rungs),

@@ -10,7 +10,7 @@ import ray
 
 from objectives.paired import block_means
 from samplers.errors import NonFiniteError
-from search.tuner import TrialConfig, run_trials, units
+from search.tuner import Trial, TrialConfig, run_trials, units
 
 RUNGS = (10, 25, 60)
 
@@ -119,6 +119,28 @@ def test_a_trial_reports_each_rung_once_in_order_with_all_its_images(workers, ra
         assert seconds[-1] == 0.5 * calls
         assert told[-1].computed == RUNGS[-1] - 0.5 * calls  # what a cache had is not counted
     assert loop.ends == [("a", None), ("b", None)]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_rung_has_its_own_distance_even_where_calls_are_told_in_the_reverse_order(monkeypatch):
+    loop = Loop("a")
+    trial, wait = object.__new__(Trial), ray.wait
+
+    def last_first(calls, **_):
+        wait(calls, num_returns=len(calls))
+        return calls[-1:], calls[:-1]
+
+    actors = [Counter.remote() for _ in range(2)]
+    trial.setup({"trial": loop.next_trial("1")}, workers=actors, job=[{"delay": 0.0}], unit=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "wait", last_first)
+        results = [trial.step()]
+        while not results[-1]["done"]:
+            results.append(trial.step())
+    told = [(r["images"], r["distance"], len(r["influence"])) for r in results if r["distance"] is not None]
+    assert told == [(10, 10.0, 2), (25, 25.0, 5), (60, 60.0, 12)]
+    for actor in actors:
+        ray.kill(actor)
 
 
 @pytest.mark.usefixtures("local_ray")
