@@ -238,16 +238,16 @@ def _run(
                         rungs=spec.search.all_rungs,
                         context=one.context,
                     )
-                    tuner.run_trials(search, workers, one.sampling, _unit(resources))
+                    tuner.run_trials(search, workers, one.sampling, unit(resources.unit, resources.workers))
                     search.check()
         finally:
             pool.stop_workers(workers)
 
 
-def _unit(resources: pool.Resources) -> int:
-    """Images per call: less than usual where the shortest trials would not occupy all workers."""
-    share = -(-_SHORT // resources.workers)
-    return max(1, min(resources.unit, -(-share // BLOCK) * BLOCK))
+def unit(most: int, workers: int) -> int:
+    """Images per call: less than `most` where the shortest trials would not occupy all workers."""
+    share = -(-_SHORT // workers)
+    return min(most, -(-share // BLOCK) * BLOCK)
 
 
 @contextmanager
