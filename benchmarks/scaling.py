@@ -28,7 +28,6 @@ from objectives.moments import Moments
 from samplers.schedule import Schedule
 from search import pool, tuner
 from search.evaluator import BLOCK
-from search.runner import unit
 
 _TRIALS = 3  # the first of them does not count: Tune starts its process
 SIMULATED = (1, 8, 64, 512)
@@ -95,7 +94,7 @@ class Times:
 
 def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, float]:
     """Seconds of one trial: until all is sampled, and in all."""
-    calls = tuner.units((images,), unit(most, workers))
+    calls = tuner.units((images,), most, workers)
     free = [(0.0, w) for w in range(workers)]  # when each worker can begin
     driver, done = 0.0, []
     load = [0] * workers
@@ -165,7 +164,7 @@ def measure(job: Path, images: int) -> Found:
             workers = pool.start_workers(spec, reference, one)
             try:
                 loop = _Trials(case, images, f"scaling-{count}")
-                tuner.run_trials(loop, workers, case.sampling, unit(one.unit, count))
+                tuner.run_trials(loop, workers, case.sampling, one.unit)
                 wall = (loop.ends[-1] - loop.ends[0]) / (_TRIALS - 1)
                 busy = sum(loop.busy[1:]) / (_TRIALS - 1)
                 found["workers"][count] = {"trial": wall, "idle": 1 - busy / (count * wall)}
