@@ -129,14 +129,16 @@ def measured(dimension: int, device: torch.device, worker: Any, image: float) ->
     moments = Moments.of(features).to("cpu")
     many = Moments.of(torch.randn(2 * dimension, dimension, dtype=torch.float64, device=device)).to("cpu")
     frechet = FrechetReference.of(Gaussian(many.mean, many.cov).to(device))
-    sensitivity = Sensitivity.of(frechet, many)
     size = len(pickle.dumps(moments))
+    told: list[Sensitivity] = []
+    distance = once(lambda: (frechet.distance(many), told.append(Sensitivity.of(frechet, many).to("cpu"))))
+    sensitivity = told[0].to(device)
     return Times(
         image=image,
         call=seconds(lambda: ray.get(worker.placed.remote()), 20),
         message=seconds(lambda: ray.get(ray.put(moments))) + size / _NETWORK,
         add=seconds(lambda: moments + moments),
-        distance=once(lambda: (frechet.distance(many), Sensitivity.of(frechet, many).to("cpu"))),
+        distance=distance,
         influences=seconds(lambda: sensitivity.influences(features).cpu()),
     )
 
