@@ -157,16 +157,19 @@ def main(parts: Mapping[str, Part], description: str | None) -> None:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("job", nargs="?", type=Path, default=DEMO, help="a job file (default: the demo's)")
-    parser.add_argument("--images", type=int, default=1000, help="images of a trial (default 1000)")
+    parser.add_argument("--images", type=int, default=500, help="images of a trial (default 500)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     result: Found = {"machine": machine(), "job": arguments.job.name, "images": arguments.images}
     if not arguments.json:
         print(f"{result['job']}, {arguments.images:,} images a trial, on {result['machine']}")
     for name, part in parts.items():
+        began = time.perf_counter()
         result[name] = part.measure(arguments.job, arguments.images)
+        taken = time.perf_counter() - began
         if not arguments.json:
-            print("\n".join(["", part.title, *part.table(result[name])]), flush=True)
+            title = f"{part.title} (measured in {taken:.0f} s)"
+            print("\n".join(["", title, *part.table(result[name])]), flush=True)
     if arguments.json:
         json.dump(result, sys.stdout, indent=2)
         print()

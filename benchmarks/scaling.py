@@ -28,7 +28,6 @@ from objectives.moments import Moments
 from samplers.schedule import Schedule
 from search import pool, tuner
 from search.evaluator import BLOCK
-from search.runner import unit
 
 _TRIALS = 3  # the first of them does not count: Tune starts its process
 SIMULATED = (1, 8, 64, 512)
@@ -95,7 +94,7 @@ class Times:
 
 def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, float]:
     """Seconds of one trial: until all is sampled, and in all."""
-    calls = tuner.units((images,), unit(most, workers))
+    calls = tuner.units((images,), most, workers)
     free = [(0.0, w) for w in range(workers)]  # when each worker can begin
     driver, done = 0.0, []
     load = [0] * workers
@@ -130,14 +129,16 @@ def measured(dimension: int, device: torch.device, worker: Any, image: float) ->
     moments = Moments.of(features).to("cpu")
     many = Moments.of(torch.randn(2 * dimension, dimension, dtype=torch.float64, device=device)).to("cpu")
     frechet = FrechetReference.of(Gaussian(many.mean, many.cov).to(device))
-    sensitivity = Sensitivity.of(frechet, many)
     size = len(pickle.dumps(moments))
+    told: list[Sensitivity] = []
+    distance = once(lambda: (frechet.distance(many), told.append(Sensitivity.of(frechet, many).to("cpu"))))
+    sensitivity = told[0].to(device)
     return Times(
         image=image,
         call=seconds(lambda: ray.get(worker.placed.remote()), 20),
         message=seconds(lambda: ray.get(ray.put(moments))) + size / _NETWORK,
         add=seconds(lambda: moments + moments),
-        distance=once(lambda: (frechet.distance(many), Sensitivity.of(frechet, many).to("cpu"))),
+        distance=distance,
         influences=seconds(lambda: sensitivity.influences(features).cpu()),
     )
 
@@ -165,7 +166,7 @@ def measure(job: Path, images: int) -> Found:
             workers = pool.start_workers(spec, reference, one)
             try:
                 loop = _Trials(case, images, f"scaling-{count}")
-                tuner.run_trials(loop, workers, case.sampling, unit(one.unit, count))
+                tuner.run_trials(loop, workers, case.sampling, one.unit)
                 wall = (loop.ends[-1] - loop.ends[0]) / (_TRIALS - 1)
                 busy = sum(loop.busy[1:]) / (_TRIALS - 1)
                 found["workers"][count] = {"trial": wall, "idle": 1 - busy / (count * wall)}

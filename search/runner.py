@@ -26,7 +26,7 @@ from objectives.reference import Reference
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
 from search import blocks, planning, pool, tuner
-from search.evaluator import BLOCK, Evaluator, accelerator, precision
+from search.evaluator import Evaluator, accelerator, precision
 from search.ms_eps import Complete, complete
 from search.planning import Start
 from search.progress import TerminalWatcher
@@ -37,8 +37,6 @@ from search.study import Search
 from storage import STALE_S, Job, NewJob, NotInStore, Store, open_store
 from storage import Evaluator as StoredEvaluator
 
-# Images of a short trial, which all workers should share.
-_SHORT = 500
 # A running job says that it lives this often, and is free for another process after this long a silence.
 _HEARTBEAT_S, _STALE_S = 5.0, STALE_S
 
@@ -238,16 +236,10 @@ def _run(
                         rungs=spec.search.all_rungs,
                         context=one.context,
                     )
-                    tuner.run_trials(search, workers, one.sampling, unit(resources.unit, resources.workers))
+                    tuner.run_trials(search, workers, one.sampling, resources.unit)
                     search.check()
         finally:
             pool.stop_workers(workers)
-
-
-def unit(most: int, workers: int) -> int:
-    """Images per call: less than `most` where the shortest trials would not occupy all workers."""
-    share = -(-_SHORT // workers)
-    return min(most, -(-share // BLOCK) * BLOCK)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from samplers.schedule import Schedule
 
 # Calls in flight per worker: while one is computed the next one waits at the worker, so it never idles.
 _IN_FLIGHT = 2
+_BLOCK = 250  # images of a block of the cache, as in `search.evaluator`, which imports torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,7 @@ class Trial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._config: TrialConfig = config["trial"]
-        self._todo = deque(units(self._config.rungs, self._unit))
+        self._todo = deque(units(self._config.rungs, self._unit, len(self._workers)))
         self._load = [0] * len(self._workers)
         self._pending: dict[Any, _Call] = {}
         self._moments: dict[int, dict[int, Any]] = {}  # rung → {first image: reference}
@@ -234,12 +235,18 @@ def _message(error: Exception) -> str:
     return str(cause) if isinstance(cause, LamtuneError) else f"{type(cause).__name__}: {cause}"
 
 
-def units(rungs: Sequence[int], unit: int) -> list[tuple[int, int, int]]:
-    """The calls that make up a trial: (rung index, first image, end) of at most `unit` images, in order."""
+def units(rungs: Sequence[int], unit: int, workers: int = 1) -> list[tuple[int, int, int]]:
+    """The calls that make up a trial: (rung index, first image, end), in order.
+
+    Up to each rung the images are shared evenly among so many workers, in calls of at most `unit` images that begin and
+    end at whole blocks of the cache where they can.
+    """
     calls, start = [], 0
     for rung, end in enumerate(rungs):
+        each = -(-(end - start) // workers)
+        each = min(unit, -(-each // _BLOCK) * _BLOCK)
         while start < end:
-            stop = min(start + unit, end)
+            stop = min(start // _BLOCK * _BLOCK + each, end)
             calls.append((rung, start, stop))
             start = stop
     return calls

@@ -2,12 +2,13 @@
 
 Three stages, each a function of what the ones before it measured:
 
-1. Along each coordinate in turn (the mean λ, k, …) a line is explored at the first rung, until the best value lies
-   in a window where the distance is a parabola (`line`).
+1. Along the mean λ, then k, then the options of the solver, a line is explored at the first rung (`line`).
 2. A quadratic surface is fitted to all of it, with the noise that the trials share (`surface`). It says where the
    minimum is and how much distance is lost, in expectation, because that is not known better.
-3. While that loss is noticeable and the budget lasts, the corners of a simplex around the minimum are measured on
-   as many more images as it takes, and the surface is fitted again.
+3. Rounds on more and more images, while that loss is noticeable and the budget lasts: a base near the minimum, and a
+   partner of it along each coordinate. Under common random numbers a distance errs smoothly, so more points tell no
+   more about a slope than two, and more images do. Half way between base and partner the slope is known whatever the
+   curvature, which is the least certain of all: partners are put so that the minimum lies there.
 
 The stride is as fine as the noise allows: the answer is a minimum of the surface, and not one of the points.
 
@@ -24,22 +25,29 @@ import numpy as np
 
 from samplers.errors import InputError
 from search.strategies import line
-from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step
+from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step, bend_basis
 from search.strategies.surface import Sample, Surface, Vector, fit
 
-_LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
-_CLEAR = 4.0  # coordinates are moved for a gain of so many times what noise alone would give
-_REACH = 3.0  # of the window's half width: how far a fitted minimum is believed
-_RADIUS = (
-    1.0  # of the refining simplex, in half widths: nearer corners are less off a parabola, and as telling
-)
-_POLISH = 3  # measurements of the minimum itself, at most
-_NEAR = 0.2  # of a half width: a measurement so near to the minimum says how the curve is there
-_GRID = 250  # image counts of refinements are multiples of this
-_SHARES = (1.0,)  # of what is left of the budget, for each round of refinement
-_MOVED = 1.0  # of a half width: a minimum so far from the corners wants new ones
+_LOSS = 5e-4  # of the distance: an expected loss that is not worth more images
+_CLEAR = 1.0  # coordinates are moved for a gain of more than so many times the loss that they add
+_REACH = 1.0  # of the half width: how far from where it was expected a fitted minimum is believed
+_ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
+_SHARE = 0.3  # of what the exploration left, for the middle round
+_STEP = 0.3  # from base to partner, in half widths, at least
+_MIRRORED = 2.0  # the same, at most
+_SAME = 0.3  # of a half width: a partner stays if the minimum is so near to half way
+_REBASE = 0.4  # of a half width: a base farther from the minimum is left
+_FAR = 0.8  # the same, for another round on as many images
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
+_GRID = 250  # image counts of rounds are multiples of this
+_BENT = 2.0  # half widths of k and bends, in root mean squares of λ, over that of the mean: the paper's tables of k
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
+
+
+def usual_budget(images: int, axes: int) -> int:
+    """Images for a search over so many axes, of at most `images` each: what base and partners take on nearly as many,
+    and the exploration."""
+    return round(1.1 * images * (axes + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +76,37 @@ class _Known:
     rung: int
     points: Mapping[Setting, Sequence[Point]]
     samples: dict[Setting, Sample] = field(default_factory=dict)
+    asked: dict[Setting, set[int]] = field(default_factory=dict)
     images: int = 0
 
     def value(self, candidate: Candidate, images: int) -> float | None:
         """The candidate's distance at so many images; +inf: there is none; None: it has to be measured."""
+        earlier = self.asked.setdefault(candidate.setting, set())
+        before = len(earlier - {images})
+        earlier.add(images)
         ended = self.points.get(candidate.setting, ())
-        value = min((point.at(images) for point in ended), default=math.inf)
-        if value < math.inf:
-            return value
-        tried = [point for point in ended if point.state == "failed" or point.images >= images]
-        return math.inf if tried or len(ended) >= _TRIES else None
+        if (point := _first(ended, images)) is not None:
+            return point.at(images)
+        hopeless = any(point.state == "failed" or point.images >= images for point in ended)
+        return math.inf if hopeless or len(ended) - before >= _TRIES else None
 
     def use(self, candidate: Candidate, position: Vector, images: int) -> None:
-        """Enter what was measured up to so many images among the samples of the surface."""
-        ended = [p for p in self.points[candidate.setting] if p.at(images) < math.inf]
-        if not ended:
+        """Enter what was measured on so many images among the samples of the surface."""
+        point = _first(self.points[candidate.setting], images)
+        if point is None:
             return
-        best = min(ended, key=lambda p: p.at(images))
         before = self.samples.get(candidate.setting)
-        self.images += images - (max(before.rungs) if before else 0)
-        wanted = {self.rung, images} | (set(before.rungs) if before else set())
-        rungs = {n: best.at(n) for n in sorted(wanted) if best.at(n) < math.inf}
-        self.samples[candidate.setting] = Sample(position, rungs, best.influence)
+        rungs = dict(before.rungs) if before else {}
+        self.images += max(images - max(rungs, default=0), 0)
+        rungs[images] = point.at(images)
+        longest = before.influence if before and max(rungs) > images else point.influence
+        self.samples[candidate.setting] = Sample(position, rungs, longest)
+
+
+def _first(points: Sequence[Point], images: int) -> Point | None:
+    """The point that was the first to measure so many images: what later ones add must not change what was decided."""
+    measured = [point for point in points if point.at(images) < math.inf]
+    return min(measured, key=lambda p: (p.images, p.at(images), p.influence is None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +173,8 @@ class AdaptiveStrategy:
             wanted = self._explore(known, a, centre, widths)
             if wanted is not None:
                 return _Plan((wanted,))
+        if not known.samples:
+            return _Plan()
         return self._refine(known, centre, widths)
 
     def _explore(self, known: _Known, a: int, centre: Vector, widths: Vector) -> Candidate | None:
@@ -163,25 +182,30 @@ class AdaptiveStrategy:
         axis = self.axes[a]
         step = self._step(axis, widths)
         widths[a] = abs(step)
+        if axis.name.startswith("bend"):
+            return None  # a line of few images shows less of it than what is expected of the surface
+        ask = line.ask if axis.step is not None else line.bracket
         values = {}
         for sample in known.samples.values():
             others = np.delete(sample.position - centre, a)
             if (np.abs(others) < 1e-9).all() and self.rung in sample.rungs:
                 values[float(sample.position[a])] = sample.rungs[self.rung]
         start = float(centre[a])
-        x: float | None = start if start not in values else line.ask(values, start, step, axis.low, axis.high)
+        x: float | None = start if start not in values else ask(values, start, step, axis.low, axis.high)
         while x is not None:
             position = centre.copy()
             position[a] = x
             candidate = self._candidate(_phase(axis.name), position, self.rung)
             value = math.inf if candidate is None else known.value(candidate, self.rung)
             if value is None:
+                if known.images + self.rung > self.budget:
+                    break
                 return candidate
             values[x] = value
             if candidate is not None and value < math.inf:
                 known.use(candidate, self._position(candidate), self.rung)
-            x = line.ask(values, start, step, axis.low, axis.high)
-        found = line.window(values)
+            x = ask(values, start, step, axis.low, axis.high)
+        found = line.window(values) if axis.step is not None else None
         if found is None:
             centre[a] = min(values, key=lambda x: (values[x], abs(x - start)))
         else:
@@ -190,45 +214,60 @@ class AdaptiveStrategy:
         return None
 
     def _refine(self, known: _Known, centre: Vector, widths: Vector) -> _Plan:
-        """A simplex around the minimum on more and more images while they are worth it, then the minimum itself.
-
-        The same corners go on with more images, which costs only those; corners elsewhere are taken where the
-        minimum has moved away. Where the minimum that they lead to is not near any of them, it is measured on as
-        many images, and again: the curve there may not be the parabola through the corners.
-        """
-        images, around = self.rung, centre
-        corners: list[Vector] = []
+        """The rounds. Partners that stay go on with more images, which costs only those."""
         surface = self._fit(known, centre, widths)
-        for share in _SHARES:
-            if surface is None or not surface.free or (need := self._need(known, surface)) <= 1:
+        if surface is None:
+            return self._end(known, None, centre, centre, widths)
+        at = base = self._believed(surface, centre, widths)
+        steps = np.full(len(at), _STEP)
+        images = self.rung
+        middle = int(_SHARE * (self.budget - known.images)) // (len(at) + 1)
+        far = moved = True
+        for _ in range(_ROUNDS):
+            positions = self._around(base, steps, widths)
+            reused = sum(self._images(known, position) for position in positions)
+            affordable = (self.budget - known.images + reused) // len(positions)
+            count = _gridded(min(self.images, affordable, math.ceil(images * self._need(known, surface))))
+            if far and images <= middle < count / _WORTHWHILE:
+                count = max(_gridded(middle), images)
+            if count <= self.rung or count < images * (1 if moved else _WORTHWHILE):
                 break
-            free = list(surface.free)
-            at = self._believed(surface, centre, widths)
-            paid = images
-            if not corners or (np.abs(at - around)[free] > _MOVED * widths[free]).any():
-                corners, around, paid = self._corners(at, widths, free), at, 0
-            left = (self.budget - known.images) * share
-            affordable = int(left + len(corners) * paid) // (len(corners) + _POLISH)
-            count = _gridded(min(self.images, affordable, math.ceil(images * need)))
-            if count < _WORTHWHILE * images:
-                break
-            wanted = self._measured(known, corners, count)
+            wanted = self._measured(known, positions, count)
             if wanted:
                 return _Plan(wanted)
             images = count
-            surface = self._fit(known, centre, widths) or surface
-        for _ in range(_POLISH):
-            if surface is None or not corners or self._need(known, surface) <= 1:
-                break
-            at = self._believed(surface, centre, widths)
-            near = [s for s in known.samples.values() if images in s.rungs]
-            if any((np.abs(s.position - at) <= _NEAR * widths).all() for s in near):
-                break
-            wanted = self._measured(known, [at], images)
-            if wanted:
-                return _Plan(wanted)
-            surface = self._fit(known, centre, widths) or surface
-        return self._end(known, surface, centre, widths)
+            surface = self._fit(known, at, widths) or surface
+            at = self._believed(surface, at, widths)
+            away = (at - base) / widths
+            distance = math.sqrt(np.mean(away**2))
+            far = distance > _FAR
+            off = np.abs(away - steps / 2) > _SAME
+            moved = bool(off.any())
+            if distance > _REBASE:
+                base, moved = at, True
+                steps = np.full(len(at), _STEP)
+            else:
+                steps = np.where(off, np.sign(away) * np.clip(np.abs(2 * away), _STEP, _MIRRORED), steps)
+        return self._end(known, surface, at, centre, widths)
+
+    def _around(self, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
+        """The base, and its partner along each coordinate that has room for one."""
+        positions = [base]
+        for a, axis in enumerate(self.axes):
+            for step in (steps[a], -steps[a]):
+                position = base.copy()
+                position[a] = min(max(base[a] + step * widths[a], axis.low), axis.high)
+                position = self._rounded(position, widths)
+                if abs(position[a] - base[a]) > 0.5 * _STEP * widths[a]:
+                    positions.append(position)
+                    break
+        return positions
+
+    def _images(self, known: _Known, position: Vector) -> int:
+        """On how many images a position was measured."""
+        candidate = self._candidate("refine", position, self.rung)
+        sample = None if candidate is None else known.samples.get(candidate.setting)
+        return 0 if sample is None else max(sample.rungs)
 
     def _need(self, known: _Known, surface: Surface) -> float:
         """How many times the images the expected loss is worth."""
@@ -249,39 +288,41 @@ class AdaptiveStrategy:
                 known.use(candidate, self._position(candidate), images)
         return tuple(wanted)
 
-    def _end(self, known: _Known, surface: Surface | None, centre: Vector, widths: Vector) -> _Plan:
-        """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it."""
-        if not known.samples:
-            return _Plan()
+    def _end(
+        self, known: _Known, surface: Surface | None, at: Vector, explored: Vector, widths: Vector
+    ) -> _Plan:
+        """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it.
+
+        at: about where the first is. explored: where the lines led to, from which the others are not far.
+        """
         if surface is None:
-            only = self._candidate("final", centre, self.rung)
-            return _Plan(finalists=() if only is None else (only,))
+            return _Plan(finalists=self._finalists([explored]))
         names = [axis.name for axis in self.axes]
         sizes = sorted({names.index(name) + 1 for name in ("mean", "k") if name in names} | {len(names)})
         found: list[Vector] = []
-        for size in sizes:
+        for before, size in zip([0, *sizes], sizes, strict=False):
             low, high = self._bounds()
             for a, axis in enumerate(self.axes[size:], size):
                 low[a] = high[a] = axis.start
-            at = self._rounded(_clipped(surface.least(low, high), centre, widths, low, high), widths)
+            if size == len(names):
+                least = self._believed(surface, at, widths)
+            else:
+                near = np.clip(explored, low, high)
+                nearby = fit(tuple(known.samples.values()), near, widths, low, high) or surface
+                least = self._rounded(_clipped(nearby.least(low, high), near, widths, low, high), widths)
             if found:
-                gain = surface.value(found[-1]) - surface.value(at)
-                noise = surface.regret * (size - sizes[sizes.index(size) - 1]) / len(self.axes)
-                if gain <= _CLEAR * noise:
+                gain = surface.value(found[-1]) - surface.value(least)
+                if gain <= _CLEAR * surface.regret * (size - before) / len(names):
                     continue
-            found.append(at)
-        finalists = [self._candidate("final", at, self.rung) for at in reversed(found)]
-        return _Plan(finalists=tuple(c for c in finalists if c is not None), loss=surface.regret)
+            found.append(least)
+        return _Plan(finalists=self._finalists(found[::-1]), loss=surface.regret)
+
+    def _finalists(self, positions: Sequence[Vector]) -> tuple[Candidate, ...]:
+        found = [self._candidate("final", position, self.rung) for position in positions]
+        unscaled = Candidate("baseline", 1, 0).setting
+        return tuple(c for c in found if c is not None and c.setting != unscaled)
 
     # ---- coordinates
-
-    def _corners(self, at: Vector, widths: Vector, free: Sequence[int]) -> list[Vector]:
-        corners = []
-        for corner in _simplex(len(free)):
-            position = at.copy()
-            position[free] += _RADIUS * corner * widths[free]
-            corners.append(self._rounded(position, widths))
-        return corners
 
     def _fit(self, known: _Known, centre: Vector, widths: Vector) -> Surface | None:
         return fit(tuple(known.samples.values()), centre.copy(), widths, *self._bounds())
@@ -301,8 +342,11 @@ class AdaptiveStrategy:
     def _step(self, axis: Axis, widths: Vector) -> float:
         if axis.step is not None:
             return axis.step
-        arm = max((self.nfe - 1) / 2, 0.5) if axis.name == "k" else 1.0
-        return float(widths[0] / arm)
+        t = np.arange(self.nfe) - (self.nfe - 1) / 2
+        shape = t if axis.name == "k" else bend_basis(self.nfe)[int(axis.name[4:]) - 2]
+        size = math.sqrt(np.mean(shape**2)) or 1.0  # k of one evaluation: it changes nothing
+        step = float(_BENT * widths[0] / size)
+        return line.rounded(step, step)
 
     def _position(self, candidate: Candidate) -> Vector:
         bends = {f"bend{j + 2}": c for j, c in enumerate(candidate.bends)}
@@ -344,13 +388,3 @@ def _clipped(x: Vector, centre: Vector, widths: Vector, low: Vector, high: Vecto
 
 def _gridded(images: int) -> int:
     return images // _GRID * _GRID if images >= _GRID else images
-
-
-def _simplex(dimensions: int) -> Vector:
-    """The corners [d + 1, d] of a regular simplex around 0, at distance 1 (columns: Helmert's contrasts)."""
-    corners = np.zeros((dimensions + 1, dimensions))
-    for j in range(dimensions):
-        corners[: j + 1, j] = 1 / math.sqrt((j + 1) * (j + 2))
-        corners[j + 1, j] = -math.sqrt((j + 1) / (j + 2))
-    scaled: Vector = corners / np.linalg.norm(corners[0])
-    return scaled
