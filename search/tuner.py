@@ -246,7 +246,7 @@ def units(rungs: Sequence[int], unit: int, workers: int = 1) -> list[tuple[int, 
         each = -(-(end - start) // workers)
         each = min(unit, -(-each // _BLOCK) * _BLOCK)
         while start < end:
-            stop = min(start // _BLOCK * _BLOCK + each, end)
+            stop = min(start - start % min(each, _BLOCK) + each, end)
             calls.append((rung, start, stop))
             start = stop
     return calls

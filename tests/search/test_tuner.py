@@ -102,7 +102,20 @@ def assert_whole(loop, schedule, rungs=RUNGS):
 
 
 def test_units_cover_every_image_once_and_stop_at_rungs():
-    assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 17), (1, 17, 24), (1, 24, 25)]
+    assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 14), (1, 14, 21), (1, 21, 25)]
+    for rungs in ([50], [100, 300, 600], [500, 3250, 10_000]):
+        for unit in (1, 30, 250, 500):
+            for workers in (1, 2, 3, 16):
+                found = units(rungs, unit, workers)
+                assert [start for _, start, _ in found] == [0, *(stop for _, _, stop in found[:-1])]
+                assert all(start < stop <= start + unit for _, start, stop in found)
+                assert [max(stop for r, _, stop in found if r == rung) for rung in range(len(rungs))] == rungs
+
+
+def test_units_begin_at_blocks_of_the_cache_and_are_shared_evenly():
+    assert units([100, 1100], 500) == [(0, 0, 100), (1, 100, 500), (1, 500, 1000), (1, 1000, 1100)]
+    assert [stop - start for _, start, stop in units([10_000], 500, 8)] == [500] * 20
+    assert [stop - start for _, start, stop in units([1000], 500, 4)] == [250] * 4
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -110,7 +123,7 @@ def test_units_cover_every_image_once_and_stop_at_rungs():
 def test_a_trial_reports_each_rung_once_in_order_with_all_its_images(workers, racing):
     loop = Loop("a", "b", racing=racing)
     run(loop, workers)
-    calls = len(units(RUNGS, 7))
+    calls = len(units(RUNGS, 7, workers))
     for schedule in "ab":
         assert_whole(loop, schedule)
         told = [p for s, p in loop.told if s == schedule]
@@ -148,7 +161,7 @@ def test_a_race_computes_nothing_beyond_the_rung_at_which_it_is_lost():
     loop = Loop("a", "b", racing=True, stop={"a": 25})
     run(loop, workers=3)
     assert [p.images for p in loop.of("a")] == [10, 25]
-    assert loop.of("a")[-1].computed == 25 - 0.5 * len(units([10, 25], 7))
+    assert loop.of("a")[-1].computed == 25 - 0.5 * len(units([10, 25], 7, 3))
     assert_whole(loop, "b")  # nothing of the first one is left over
     assert loop.ends == [("a", None), ("b", None)]
 
