@@ -15,9 +15,9 @@ from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from sqlalchemy import URL, ColumnElement, CursorResult, Select, and_, or_, select, update
+from sqlalchemy import URL, ColumnElement, CursorResult, Select, and_, func, or_, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -85,6 +85,12 @@ def _opening(url: URL) -> Iterator[None]:
         failure = error
     if failure is not None:  # raised out here, so that the driver's error is not chained
         raise InputError(f"the store {safe(url)} cannot be opened: {redacted(url, failure)}")
+
+
+class _Cost(NamedTuple):
+    trials: int = 0
+    network_evaluations: int = 0
+    seconds: float = 0.0
 
 
 class Store:
@@ -493,21 +499,10 @@ class Store:
             ranked = _ranking(select(EvaluationRow, JobRow), confirmed, *asked, *group)
             ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
             winner, job = (row.record() for row in session.execute(ranked).one())
-            tried = self._tried(session, job.id)
+            baseline = self._baseline(session, winner)
+            cost = self._cost(session, job.id)
         assert winner.distance is not None
-        baseline = next(
-            (
-                one
-                for one in tried
-                if one.state == "complete"
-                and (one.seed, one.images) == (winner.seed, winner.images)
-                and set(one.lambdas) == {1.0}
-                and not one.parameters
-            ),
-            None,
-        )
-        searched = [one for one in tried if one.phase != CONFIRM]
-        confirming = [one for one in tried if one.phase == CONFIRM]
+        searched, confirming = cost[False], cost[True]
         return Best(
             model=job.model,
             model_fingerprint=job.model_fingerprint,
@@ -536,12 +531,50 @@ class Store:
             number=winner.number,
             status=job.status,
             strategy=job.strategy,
-            trials=len(searched),
-            network_evaluations=sum(one.network_evaluations for one in searched),
-            seconds=math.fsum(one.seconds for one in searched),
-            confirm_network_evaluations=sum(one.network_evaluations for one in confirming),
-            confirm_seconds=math.fsum(one.seconds for one in confirming),
+            trials=searched.trials,
+            network_evaluations=searched.network_evaluations,
+            seconds=searched.seconds,
+            confirm_network_evaluations=confirming.network_evaluations,
+            confirm_seconds=confirming.seconds,
         )
+
+    @staticmethod
+    def _baseline(session: Session, winner: Evaluation) -> Evaluation | None:
+        """λ = 1 in the winner's job, complete, on the same random numbers and as many images."""
+        query = (
+            select(EvaluationRow)
+            .where(
+                EvaluationRow.job_id == winner.job_id,
+                EvaluationRow.state == "complete",
+                EvaluationRow.seed == winner.seed,
+                EvaluationRow.images == winner.images,
+                EvaluationRow.mean.between(1 - 1e-12, 1 + 1e-12),  # what SQL can say of λ_t = 1 for all t
+                or_(EvaluationRow.k == 0, EvaluationRow.k.is_(None)),
+            )
+            .order_by(EvaluationRow.number)
+        )
+        found = (row.record() for row in session.scalars(query))
+        return next((one for one in found if set(one.lambdas) == {1.0} and not one.parameters), None)
+
+    @staticmethod
+    def _cost(session: Session, job_id: int) -> dict[bool, _Cost]:
+        """What a job's search (False) and its confirmation (True) have cost."""
+        confirming = EvaluationRow.phase == CONFIRM
+        sums = (
+            select(
+                confirming,
+                func.count(),
+                func.sum(EvaluationRow.network_evaluations),
+                func.sum(EvaluationRow.seconds),
+            )
+            .where(EvaluationRow.job_id == job_id)
+            .group_by(confirming)
+        )
+        found = {
+            bool(of): _Cost(trials, int(calls), seconds)
+            for of, trials, calls, seconds in session.execute(sums)
+        }
+        return {False: _Cost(), True: _Cost()} | found
 
     def _nearest(self, session: Session, model: str, dataset: str, nfe: int, solver: str | None) -> str:
         """The message of NotInStore: what was asked, and the combinations most like it that have a result."""
