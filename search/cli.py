@@ -7,6 +7,7 @@ at once. Catches only LamtuneError: anything else is a bug and shows its traceba
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,12 +257,17 @@ def jobs(limit: int, before: int | None, store: str, as_json: bool) -> None:
 @_json_option
 def best(model: str, dataset: str, nfe: int, solver: str | None, store: str, as_json: bool) -> None:
     """Show the best schedule that the store knows for a model, dataset and NFE."""
-    from search.report import best_as_dict, best_as_text
+    from search.report import best_as_dict, best_as_text, runner_up
     from storage import open_store
 
     with open_store(store) as opened:
         found = opened.best(model=model, dataset=dataset, nfe=nfe, solver=solver)
-    click.echo(json.dumps(best_as_dict(found), indent=2) if as_json else best_as_text(found))
+        second = runner_up(found, opened.evaluations(found.job_id))
+    if as_json:
+        answer = best_as_dict(found) | {"runner_up": None if second is None else asdict(second)}
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        click.echo(best_as_text(found, second))
 
 
 @main.command()

@@ -1,12 +1,13 @@
 """Writes results for people and for programs. Knows the store's records and nothing of how they came about."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from storage import STALE_S, Best, Evaluation, Job
+from objectives.paired import difference_error, first, unpack
+from storage import CONFIRM, STALE_S, Best, Evaluation, Job
 
 _ORDER = (
     "model",
@@ -54,12 +55,61 @@ def gain(evaluation: Evaluation) -> str:
     return f"{evaluation.gain:+.4f} {error_bar(evaluation.gain_error)}".rstrip()
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerUp:
+    """The schedule that came nearest to the best one: `behind` it by a paired difference with `behind_error`, on the
+    first `images` images of the same random numbers."""
+
+    k: float | None
+    b: float | None
+    mean: float
+    parameters: Mapping[str, float]
+    images: int
+    behind: float
+    behind_error: float
+
+
+def runner_up(best: Best, tried: Sequence[Evaluation]) -> RunnerUp | None:
+    """Of the evaluations of the best one's job on its random numbers, λ = 1 apart, the one that is least behind it.
+
+    Each is compared at the most images that both have. None where there is no other, or no influence is known.
+    """
+    winner = next(one for one in tried if one.number == best.number)
+    mine = unpack(winner.influence)
+    found = []
+    for one in tried:
+        theirs = unpack(one.influence)
+        common = winner.rungs.keys() & one.rungs.keys()
+        if (
+            one.id == winner.id
+            or one.state not in ("complete", "pruned")
+            or one.seed != winner.seed
+            or set(one.lambdas) == {1.0}
+            or mine is None
+            or theirs is None
+            or not common
+        ):
+            continue
+        images = max(common)
+        error = difference_error(first(mine, images), first(theirs, images))
+        behind = one.rungs[images] - winner.rungs[images]
+        found.append(RunnerUp(one.k, one.b, one.mean, one.parameters, images, behind, error))
+    # The same number of images for all of them: only then are they compared with each other.
+    most = max((one.images for one in found), default=0)
+    return min((one for one in found if one.images == most), key=lambda one: one.behind, default=None)
+
+
+def exploration(tried: Sequence[Evaluation], nfe: int) -> int:
+    """Images of a search before its refinement and confirmation."""
+    return sum(e.network_evaluations for e in tried if e.phase not in ("refine", CONFIRM)) // nfe
+
+
 def best_as_dict(best: Best) -> dict[str, Any]:
     """The answer for programs: first the keys that others rely on, then what identifies and priced the search."""
     return {key: getattr(best, key) for key in _ORDER} | asdict(best)
 
 
-def best_as_text(best: Best) -> str:
+def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
     """The answer for people."""
     lines = [
         f"{best.model} on {best.dataset}, {best.solver}, NFE {best.nfe} (job {best.job_id}, {best.status})",
@@ -85,14 +135,28 @@ def best_as_text(best: Best) -> str:
         + f" with {best.images:,} images, on {fresh}"
     )
     base, won = best.baseline_distance, best.gain
-    if base is not None:
+    if base is not None and set(best.lambdas) != {1.0}:
         won = base - best.distance if won is None else won
         share = f" ({100 * won / base:.1f} %)" if base > 0 else ""
         lines.append(
             f"  λ = 1 gives {base:.4f}: a gain of {won:.4f} {error_bar(best.gain_error)}".rstrip() + share
         )
-    if best.significant is False:
+    if set(best.lambdas) == {1.0} and not best.parameters:
+        lines.append("  nothing that was tried is better than λ = 1")
+    elif best.significant is False:
         lines.append("  that is no significant gain: λ = 1 is as good, within twice the standard error")
+    if second is not None:
+        what = (
+            f"λ = {number(second.b)} at every evaluation"
+            if second.k == 0
+            else f"k = {number(second.k)}, b = {number(second.b)}"
+            if second.k is not None
+            else f"a free schedule of mean {number(round(second.mean, 6))}"
+        )
+        lines.append(
+            f"  the runner-up, {what}, is behind by {second.behind:.4f} {error_bar(second.behind_error)} "
+            f"on {second.images:,} images"
+        )
     lines.append(
         f"  found in {best.trials} trials, {best.network_evaluations:,} network evaluations, "
         f"{duration(best.seconds)} of device time"

@@ -30,7 +30,7 @@ from search.evaluator import BLOCK, Evaluator, accelerator, precision
 from search.ms_eps import Complete, complete
 from search.planning import Start
 from search.progress import TerminalWatcher
-from search.report import best_as_text
+from search.report import best_as_text, exploration, runner_up
 from search.spec import JobSpec
 from search.strategies.base import Strategy
 from search.study import Search
@@ -84,7 +84,10 @@ def submit(
             _run(store, spec, reference, todo, resources, console)
         for job in jobs:
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
-            console.print(f"\n{best_as_text(best)}", highlight=False, soft_wrap=True)
+            second = runner_up(best, store.evaluations(best.job_id))
+            console.print(f"\n{best_as_text(best, second)}", highlight=False, soft_wrap=True)
+            if (saved := warm_start_as_text(store, job)) is not None:
+                console.print(saved, highlight=False, soft_wrap=True)
         console.print(f"\nstore: {store.safe_url}", highlight=False, soft_wrap=True)
         return tuple(store.job(job.id) for job in jobs)
 
@@ -190,6 +193,20 @@ def warm_start(store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluat
                 mean = best.b + best.k * (best.nfe - 1) / 2 if best.b is not None else 1.0
                 return Start(mean=round(mean, 9), k=best.k, nfe=best.nfe, job=best.job_id)
     return None
+
+
+def warm_start_as_text(store: Store, job: Job) -> str | None:
+    """What a job that began at another one's best schedule has spent on exploring, next to that one."""
+    if job.warm_start is None:
+        return None
+    other = job.warm_start["job"]
+    mine, theirs = (
+        exploration(store.evaluations(number), nfe)
+        for number, nfe in ((job.id, job.nfe), (other, store.job(other).nfe))
+    )
+    return (
+        f"  began at the best of job {other}: explored with {mine:,} images, where that one took {theirs:,}"
+    )
 
 
 def _digest(value: object) -> str:
