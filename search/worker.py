@@ -34,20 +34,18 @@ class SamplerWorker:
         self._spec, self._device = spec, torch.device(device)
         self._loaded: Evaluator | None = None
 
-    def placed(self) -> None:
-        """Answer as soon as there is a process: the worker has its place."""
-
-    def load(self, reference: Reference | None = None) -> None:
-        """Load everything, with statistics that the driver has read; without them, read those too."""
+    def load(self, reference: Reference) -> None:
+        """Load everything, with statistics that the driver has read; nothing where that was done."""
         from search.evaluator import Evaluator
 
-        self._loaded = Evaluator.load(self._spec, self._device, reference)
+        if self._loaded is None:
+            self._loaded = Evaluator.load(self._spec, self._device, reference)
 
     @property
     def _evaluator(self) -> Evaluator:
-        if self._loaded is None:  # Ray started this worker again; the statistics are in the cache
-            self.load()
-        assert self._loaded is not None
+        assert self._loaded is not None, (
+            "whoever calls a worker, or calls it again after it died, has it load first"
+        )
         return self._loaded
 
     def sample(
