@@ -163,11 +163,11 @@ def _unseen(files: Mapping[str, tuple[str, int | None]]) -> list[str]:
     return problems
 
 
-def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> Workers:
+def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resources: Resources) -> Workers:
     """Ask for the workers and wait until the first one is ready. Ray must be initialised.
 
     Where others use the cluster too, the rest may get their places much later, and join then. Raises the error of a
-    worker that cannot load, where no other is ready before.
+    worker that cannot load, where no other is ready before. fingerprint: of the network that all must find.
     """
     needs = dict(resources.needs)
     actor = ray.remote(SamplerWorker).options(
@@ -182,8 +182,8 @@ def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> 
     actors: list[Any] = [
         actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
     ]
-    workers = Workers(actors, ray.put(reference))
-    loading = [worker.load.remote(workers.reference) for worker in actors]
+    workers = Workers(actors, (ray.put(reference), fingerprint))
+    loading = [worker.load.remote(*workers.needs) for worker in actors]
     failure: Exception | None = None
     while loading:
         (one,), loading = ray.wait(loading, num_returns=1)

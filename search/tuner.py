@@ -67,10 +67,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Sampler workers, ready or not (see `worker.SamplerWorker`), and the reference of what they load."""
+    """Sampler workers, ready or not (see `worker.SamplerWorker`), and what their `load` takes."""
 
     actors: Sequence[ActorHandle[Any]]
-    reference: Any
+    needs: Sequence[Any]
 
 
 class SearchLoop(Protocol):
@@ -118,11 +118,11 @@ class Trial(tune.Trainable):
         self,
         config: dict[str, Any],
         workers: Sequence[Any] = (),
-        reference: Sequence[Any] = (),
+        needs: Sequence[Any] = (),
         job: Sequence[Any] = (),
         unit: int = 1,
     ) -> None:
-        self._workers, self._reference, self._job, self._unit = list(workers), reference, list(job), unit
+        self._workers, self._needs, self._job, self._unit = list(workers), needs, list(job), unit
         self._load: dict[int, int] = {}  # calls in flight of every worker that is ready
         self._joining: dict[Any, int] = {}  # reference of a call to load → worker
         self._last = ""  # why a worker is out for good
@@ -210,7 +210,7 @@ class Trial(tune.Trainable):
         load = self._workers[worker].load.options(
             max_task_retries=_LOSSES
         )  # waits until Ray has started it again
-        self._joining[load.remote(*self._reference)] = worker
+        self._joining[load.remote(*self._needs)] = worker
 
     def _wait(self) -> Any:
         """The reference of the next finished call; workers that become ready on the way are given work."""
@@ -464,7 +464,7 @@ def run_trials(loop: SearchLoop, workers: Workers, sampling: object, unit: int) 
             # By reference: a trial passes `sampling` on without unpacking it, which would import torch.
             Trial,
             workers=list(workers.actors),
-            reference=[workers.reference],
+            needs=list(workers.needs),
             job=[ray.put(sampling)],
             unit=unit,
         ),

@@ -27,8 +27,8 @@ class Counter:
     def __init__(self, **behaviour):
         self.behaviour = behaviour
 
-    def load(self, reference):
-        assert reference == "reference"
+    def load(self, *needs):
+        assert needs == ("reference", "fingerprint")
         if "cannot" in self.behaviour:
             raise InputError(self.behaviour["cannot"])
         while not os.path.exists(self.behaviour.get("after", os.curdir)):
@@ -99,7 +99,7 @@ def workers(local_ray):
 
     def make(*behaviours):
         made.extend(Counter.remote(**behaviour) for behaviour in behaviours)
-        return Workers(list(made), "reference")
+        return Workers(list(made), ("reference", "fingerprint"))
 
     yield make
     for actor in made:
@@ -113,7 +113,7 @@ def run(loop, found):
 def alone(found):
     """A trial in this process, until it has ended: what it reported."""
     trial = Trial.__new__(Trial)
-    trial.setup({"trial": config("a")}, found.actors, [found.reference], [{"delay": 0.003}], 7)
+    trial.setup({"trial": config("a")}, found.actors, found.needs, [{"delay": 0.003}], 7)
     results = []
     while not (results and results[-1]["done"]):
         results.append(trial.step())
