@@ -210,10 +210,10 @@ class RayCluster:
         )  # fmt: skip
         self.nodes: list[RayNode] = []
 
-    def add(self, cpus: int) -> RayNode:
+    def add(self, cpus: int, **environment: str) -> RayNode:
         """Start a node with so many processors and the label zone=b; the head must answer."""
         words = [f"--address={self.gcs}", f"--num-cpus={cpus}", "--num-gpus=0", "--labels=zone=b"]
-        self.nodes.append(RayNode(words, self.environment))
+        self.nodes.append(RayNode(words, self.environment | environment))
         return self.nodes[-1]
 
     def living(self) -> int:
