@@ -84,7 +84,7 @@ def point_of(evaluation: Evaluation, job: Job) -> Point:
 @dataclass(slots=True)
 class _Running:
     evaluation: Evaluation
-    trial: optuna.Trial
+    trial: int  # Optuna's id
     images: int  # that it was asked for
     computed: int = 0
     seconds: float = 0.0
@@ -117,12 +117,12 @@ class Search:
             one.number: one for one in store.evaluations(job.id)
         }  # this process alone writes to them
         self._points: dict[int, Point] = {}
-        self._study = optuna.create_study(
-            study_name=job.study_name,
-            storage=store.optuna_storage(),
-            direction="minimize",
-            load_if_exists=True,
+        self._storage = store.optuna_storage()
+        optuna.create_study(
+            study_name=job.study_name, storage=self._storage, direction="minimize", load_if_exists=True
         )
+        # One call per step, which `ask` and `tell` with their sampler and pruner would make ten.
+        self._study = self._storage.get_study_id_from_name(job.study_name)
         self.fatal: str | None = None
         self._fail_interrupted()
 
@@ -132,14 +132,21 @@ class Search:
             if evaluation.state == "running":
                 error = f"{_INTERRUPTED}the search was stopped while this ran"
                 self._keep(self._store.fail_evaluation(evaluation.id, error))
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-            known = self._tried.get(trial.number)
-            if known is not None and known.state == "complete":  # stopped between the store and the study
-                self._study.tell(trial.number, known.distance)
-            elif known is not None and known.state == "pruned":
-                self._study.tell(trial.number, state=TrialState.PRUNED)
-            else:
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        for trial in self._storage.get_all_trials(
+            self._study, deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)
+        ):
+            # One that has ended in the store was stopped before the study knew.
+            self._tell(trial._trial_id, self._tried.get(trial.number))
+
+    def _tell(self, trial: int, ended: Evaluation | None) -> None:
+        """End Optuna's trial as its evaluation has."""
+        if ended is not None and ended.state == "complete":
+            assert ended.distance is not None
+            self._storage.set_trial_state_values(trial, TrialState.COMPLETE, [ended.distance])
+        elif ended is not None and ended.state == "pruned":
+            self._storage.set_trial_state_values(trial, TrialState.PRUNED)
+        else:
+            self._storage.set_trial_state_values(trial, TrialState.FAIL)
 
     def _keep(self, evaluation: Evaluation) -> Evaluation:
         """An evaluation as the store has it now."""
@@ -213,16 +220,23 @@ class Search:
     ) -> _Running:
         middle = (self._job.nfe - 1) / 2
         b = candidate.mean - candidate.k * middle if schedule.b is None else schedule.b
-        self._study.enqueue_trial({"b": b, "k": candidate.k})
-        trial = self._study.ask(_DISTRIBUTIONS)
-        trial.set_user_attr("phase", candidate.phase)
-        trial.set_user_attr("lambdas", list(schedule.lambdas))
-        for name, value in candidate.parameters:
-            trial.set_user_attr(name, value)
+        trial = self._storage.create_new_trial(
+            self._study,
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params={"b": b, "k": candidate.k},
+                distributions=_DISTRIBUTIONS,
+                user_attrs={
+                    "phase": candidate.phase,
+                    "lambdas": list(schedule.lambdas),
+                    **dict(candidate.parameters),
+                },
+            ),
+        )
         evaluation = self._keep(
             self._store.start_evaluation(
                 self._job.id,
-                trial.number,
+                self._storage.get_trial_number_from_id(trial),
                 candidate.phase,
                 schedule,
                 seed=seed,
@@ -287,7 +301,7 @@ class Search:
                 metrics=metrics,
             )
         )
-        running.trial.report(distance, images)
+        self._storage.set_trial_intermediate_value(running.trial, images, distance)
 
     def _gain(
         self, evaluation: Evaluation, images: int, distance: float, influence: Influence | None
@@ -321,14 +335,12 @@ class Search:
             if lost is not None or self.fatal is not None:
                 failure = f"{_INTERRUPTED}{failure}"
             ended = self._store.fail_evaluation(evaluation.id, failure)
-            running.trial.set_user_attr("error", failure)
-            self._study.tell(running.trial, state=TrialState.FAIL)
+            self._storage.set_trial_user_attr(running.trial, "error", failure)
         elif evaluation.images < full:
             ended = self._store.finish_evaluation(evaluation.id, pruned=True)
-            self._study.tell(running.trial, state=TrialState.PRUNED)
         else:
             ended = self._store.finish_evaluation(evaluation.id)
-            self._study.tell(running.trial, ended.distance)
+        self._tell(running.trial, ended)
         self._watcher.ended(self._keep(ended))
 
     def check(self) -> None:
