@@ -9,7 +9,7 @@ help:
 	@echo "make demo   search the schedule of the bundled digits network (about 4 minutes on two cores)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff, mypy (strict) and the import contract"
-	@echo "make bench  time a trial on this machine, part by part"
+	@echo "make bench  time everything on this machine: trials, workers, searches, start-up"
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,7 +31,7 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.trial
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

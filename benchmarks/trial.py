@@ -1,104 +1,182 @@
-"""Splits the time of one trial into its parts, on this machine's GPU or processor.
+"""Splits the time of a trial into its parts, next to the pure network, and says how much of the machine that uses.
 
-    python -m benchmarks.trial [JOB.yaml] [--images N] [--repeats R] [--json]
+    python -m benchmarks.trial [JOB.yaml] [--images N] [--json]
 
-The pure network is NFE calls at the job's micro-batch and precision, nothing else; a trial's time over it is what
-lamtune adds. Parts are timed one after the other with the device waited for, and the trial as it runs.
+The pure network is NFE calls on the same images, nothing else; a trial's time over it is what lamtune adds. Parts are
+timed one after the other with the device waited for, and the trial as it runs, so that `rest` is what they overlap
+(negative) or what none of them is. Operations and bytes are counted: those of convolutions, matrix products and
+attention, as if everything between were fused into them. What the machine can do is measured, with one large matrix
+product and one large copy.
 """
 
-import argparse
-import json
-import statistics
-import time
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import (
+    Case,
+    Found,
+    Part,
+    grid,
+    load_case,
+    main,
+    megabytes,
+    milliseconds,
+    peaks,
+    seconds,
+)
 from objectives.moments import Moments
 from samplers import noise
-from samplers.generate import Sampler
+from samplers.prediction import Prediction
 from samplers.schedule import Schedule
-from search.cli import DEMO
-from search.evaluator import BLOCK, Evaluator, accelerator
-from search.spec import load
+from search.evaluator import BLOCK
+
+NFES = (20, 100)
+_HEAVY = ("convolution", "mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of a call after one that does not count."""
+class _Bytes(TorchDispatchMode):
+    """Counts what convolutions, matrix products and attention read and write."""
 
-    def once() -> float:
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
-    once()
-    return statistics.median(once() for _ in range(repeats))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.split(".")[0].startswith(_HEAVY):
+            first = result[0] if isinstance(result, tuple) else result
+            tensors = [a for a in (*args, first) if isinstance(a, Tensor)]
+            self.total += sum(t.numel() * t.element_size() for t in tensors)
+        return result
 
 
-def measure(job: Path, images: int, repeats: int) -> dict[str, float]:
-    """Seconds of each part for `images` images of the job's first sampling."""
-    spec = load(job)
-    device = accelerator()
-    evaluator = Evaluator.load(spec, device)
-    model, sampling = evaluator.model, spec.sampling[0]
-    plan = sampling.plan(model)
-    sampler = Sampler(
-        model, sampling, device, spec.search.seed, getattr(torch, evaluator.precision), evaluator.micro_batch
-    )
-    schedule = Schedule.uniform(sampling.nfe, 1.0)
+def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations per second of a large matrix product, bytes per second of a large copy."""
+    size, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.empty(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size**3 / seconds(lambda: a @ a, 5), 2 * length / seconds(lambda: target.copy_(source), 5)
+
+
+@torch.no_grad()
+def counted(case: Case) -> tuple[float, float]:
+    """Operations and bytes of one network call per image, counted on the network as it is written."""
+    count = min(4, case.sampler.size)
+    model = case.evaluator.model
+    network = getattr(model, "network", None)
+    plain = getattr(network, "network", network)  # inside its compiled form
+    x = case.batch(count)
+    try:
+        if network is not None:
+            model.network = plain  # type: ignore[attr-defined]
+        with FlopCounterMode(display=False) as flops:
+            case.network(count)(x, 0)
+        with _Bytes() as bytes_:
+            case.network(count)(x, 0)
+    finally:
+        if network is not None:
+            model.network = network  # type: ignore[attr-defined]
+    return flops.get_total_flops() / count, bytes_.total / count
+
+
+@torch.no_grad()
+def split(case: Case, images: int) -> dict[str, float]:
+    """Seconds of each part of a trial."""
+    evaluator, sampling, sampler = case.evaluator, case.sampling, case.sampler
+    model, device, nfe = evaluator.model, case.device, case.sampling.nfe
+    schedule, plan = Schedule.uniform(nfe, 1.0), case.sampling.plan(model)
+    x, network = case.batch(sampler.size), case.network(sampler.size)
+    calls = -(-images // sampler.size)
+    answer = network(x, 0)
     ids = torch.arange(images, device=device)
-    labels = noise.labels(0, ids, model.num_classes) if model.num_classes else None
-    network = sampler.network(plan.times, labels)
-    x = noise.normal(0, ids, 0, model.shape, sampling.state_dtype)
     pictures = torch.randint(0, 256, (images, *model.image_shape), dtype=torch.uint8, device=device)
-    features = torch.randn(images, evaluator.extractor.dim, dtype=torch.float64, device=device)
+    features = torch.cat([evaluator.extractor(pictures[i : i + BLOCK]) for i in range(0, images, BLOCK)])
     moments = Moments.of(features)
 
-    @torch.no_grad()
-    def calls() -> None:
-        for t in range(sampling.nfe):
-            network(x, t)
-
     def draws() -> None:
-        for t in range(sampling.nfe):
-            noise.normal(0, ids, t, model.shape, sampling.state_dtype)
+        for part in torch.split(ids, sampler.size):
+            for t in range(nfe):
+                noise.normal(0, part, t, model.shape, sampling.state_dtype)
 
-    def extract() -> None:
-        for start in range(0, images, BLOCK):
-            evaluator.extractor(pictures[start : start + BLOCK])
+    def solve() -> None:
+        for _ in range(calls):
+            plan.run(lambda x, t: Prediction(answer.eps, answer.v), schedule, x, lambda t: x, None)
 
     parts: dict[str, Callable[[], object]] = {
-        "trial": lambda: evaluator.merge(evaluator.sample(sampling, schedule, 0, images)[0]),
-        "network": calls,
+        "trial": lambda: evaluator.merge(evaluator.sample(sampling, schedule, 0, images).moments),
+        "network": lambda: [network(x, t) for _ in range(calls) for t in range(nfe)],
+        "solver": solve,
         "noise": draws,
-        "features": extract,
-        "moments": lambda: Moments.of(features),
-        "distance": lambda: evaluator.frechet.distance(moments),
+        "pixels": lambda: [model.pixels(x) for _ in range(calls)],
+        "features": lambda: [evaluator.extractor(p) for p in torch.split(pictures, BLOCK)],
+        "moments": lambda: Moments.of(features).to("cpu"),
+        "distance": lambda: evaluator.merge(moments),
     }
-    return {name: seconds(call, device, repeats) for name, call in parts.items()}
+    if model.gradient is not None:
+        del parts["solver"]  # it would ask the classifier
+    taken = {name: seconds(call) for name, call in parts.items()}
+    return taken | {"rest": taken["trial"] - math.fsum(t for name, t in taken.items() if name != "trial")}
 
 
-def main() -> None:
-    """Print the table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("job", nargs="?", type=Path, default=DEMO, help="a job file (default: the demo's)")
-    parser.add_argument("--images", type=int, default=1000, help="images of the trial (default 1000)")
-    parser.add_argument("--repeats", type=int, default=3, help="the median of so many (default 3)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
-    taken = measure(arguments.job, arguments.images, arguments.repeats)
-    if arguments.json:
-        print(json.dumps(taken, indent=2))
-        return
-    print(f"{arguments.job.name}, {arguments.images} images on {accelerator()}")
-    for name, value in taken.items():
-        print(f"  {name:9} {1000 * value:10.1f} ms  {value / taken['network']:6.3f} of the network")
+def measure(job: Path, images: int) -> Found:
+    """Seconds of the parts at the job's NFE, or at 20 and 100 on a GPU; and the shares of the machine."""
+    case = load_case(job)
+    images = (
+        -(-images // case.sampler.size) * case.sampler.size
+    )  # whole calls, so that the network's time is its own
+    gpu = case.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    nfes = NFES if gpu and case.sampling.solver != "heun" else (case.sampling.nfe,)
+    splits = {nfe: split(case.at(nfe), images) for nfe in nfes}
+    memory = peaks()
+    flops, moved = counted(case)
+    matrix, copy = machine_rates(case.device, getattr(torch, case.evaluator.precision))
+    per_call = splits[nfes[0]]["network"] / (images * nfes[0])
+    return {
+        "precision": case.evaluator.precision,
+        "images": images,
+        "batch": case.sampler.size,
+        "nfe": splits,
+        "flops_per_image": flops,
+        "bytes_per_image": moved,
+        "matrix_rate": matrix,
+        "copy_rate": copy,
+        "share_of_matrix_rate": flops / per_call / matrix,
+        "share_of_bandwidth": moved / per_call / copy,
+        "images_per_second": 1 / per_call,
+        **memory,
+    }
 
+
+def table(found: Found) -> list[str]:
+    """The parts in columns, one per NFE, and two sentences."""
+    names = [name for name in next(iter(found["nfe"].values())) if name != "rest"] + ["rest"]
+    rows: list[list[object]] = [["", *(f"NFE {nfe}  / network" for nfe in found["nfe"])]]
+    for name in names:
+        cells = [f"{milliseconds(t[name])} {t[name] / t['network']:8.3f}" for t in found["nfe"].values()]
+        rows.append([name, *cells])
+    binds = "matrix" if found["share_of_matrix_rate"] > found["share_of_bandwidth"] else "memory"
+    return [
+        f"{found['images']:,} images, {found['batch']} per call, {found['precision']}",
+        *grid(rows),
+        f"  network: {found['images_per_second']:,.0f} images/s, "
+        f"{found['flops_per_image'] / 1e9:.3g} GFLOP and {megabytes(found['bytes_per_image'])} at least per image: "
+        f"{found['share_of_matrix_rate']:.1%} of {found['matrix_rate'] / 1e12:.3g} TFLOP/s, "
+        f"{found['share_of_bandwidth']:.1%} of {found['copy_rate'] / 1e9:,.0f} GB/s; {binds} binds first",
+        f"  memory: {megabytes(found['host_peak'])} on the host, {megabytes(found['device_peak'])} on the device",
+    ]
+
+
+PART = Part("a trial in parts", measure, table)
 
 if __name__ == "__main__":
-    main()
+    main({"trial": PART}, __doc__)

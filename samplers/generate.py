@@ -1,32 +1,38 @@
 """From a range of image ids to images: binds a network, a solver and a schedule to the noise of those ids.
 
-Image i depends on (network, solver, schedule, seed, i) only: not on the range it is asked for in, the worker, or
-the micro-batch. Here too: Γ of a network, from images to it. Knows nothing of features, distances or trials.
+Image i depends on (network, solver, schedule, seed, i) only: not on the range it is asked for in, or the worker; on the
+micro-batch by rounding. Here too: Γ of a network, from images to it. Knows nothing of features, distances or trials.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from samplers import noise
 from samplers.analytic import Statistics, estimate_ms_eps
+from samplers.compiling import once_per_host
 from samplers.errors import NonFiniteError
 from samplers.grids import Floats
 from samplers.guidance import Gradient
 from samplers.models.protocol import Model
 from samplers.prediction import Predict, Prediction
-from samplers.sampling import Solver
+from samplers.sampling import Plan, Solver
 from samplers.schedule import Schedule
 
-# Elements of x that one network call takes when nobody says: 2,000 images of 3×32×32 on a GPU, where larger
-# batches gain nothing; on a processor what its caches hold. And images, of which a worker is not asked for more.
-_ELEMENTS = {"cuda": 2000 * 3 * 32 * 32, "cpu": 16_384}
-_IMAGES = 2000
+# Elements of x that one network call takes when nobody says: 500 images of 3×32×32 on a GPU, which fill it, while the
+# short trials of a search waste nothing; on a processor what its caches hold.
+_ELEMENTS = {"cuda": 500 * 3 * 32 * 32, "cpu": 16_384}
+# Images of one call: these divide the ranges that workers are asked for, so no call is filled up with nothing.
+_SIZES = (500, 250, 125, 50, 25, 10, 5, 2, 1)
+_SHARE = 0.5  # of the free memory of a GPU that a call may take; features, noise and decoders want some too
+_PROBE = 8  # images whose memory is measured
 Observe = Callable[[int, Tensor, Tensor], None]
-"""observe(t, x, eps): the state that the network saw at evaluation t, and the noise that it predicted, undivided."""
+"""observe(t, x, eps): the states of a batch that the network saw at evaluation t, and the noise that it predicted,
+undivided."""
 
 INITIAL_DRAW = 0  # the step whose first evaluation is t takes draw t + 1
 
@@ -51,32 +57,37 @@ class Sampler:
         """Images of the ids start … stop − 1 as uint8 [stop − start, C, H, W] on the device.
 
         Raises NonFiniteError. λ_t = schedule.lambdas[t] divides the predicted noise of evaluation t. observe is
-        called at each evaluation.
+        called at each evaluation of each micro-batch. The memory is that of one micro-batch and the images: a batch
+        goes from noise to pixels before the next one begins.
         """
         assert schedule.nfe == self.sampling.nfe, f"{schedule.nfe} λ for {self.sampling.nfe} evaluations"
+        plan = self.sampling.plan(self.model)
         ids = torch.arange(start, stop, device=self.device)
+        finite, made = torch.ones((), dtype=torch.bool, device=self.device), []
+        for batch in torch.split(ids, self.size):
+            x = self._states(plan, schedule, batch, observe)
+            finite &= torch.isfinite(x).all()
+            made.append(self.model.pixels(x))
+        if not finite:  # the only synchronisation: once per range
+            raise NonFiniteError("sampling gave images that are not finite")
+        return torch.cat(made)
+
+    def _states(self, plan: Plan, schedule: Schedule, ids: Tensor, observe: Observe | None) -> Tensor:
+        """The final states of these images."""
         shape, dtype = self.model.shape, self.sampling.state_dtype
         labels = noise.labels(self.seed, ids, self.model.num_classes) if self.model.num_classes else None
-
-        def step_noise(t: int) -> Tensor:
-            return noise.normal(self.seed, ids, t + 1, shape, dtype)
-
-        plan = self.sampling.plan(self.model)
         if self.model.prior is None:
             begin = plan.start * noise.normal(self.seed, ids, INITIAL_DRAW, shape, dtype)
         else:
             begin = self.model.prior(self.seed, ids).to(dtype)
         network = self.network(plan.times, labels)
-        x = plan.run(
+        return plan.run(
             network if observe is None else observed(network, observe),
             schedule,
             begin,
-            step_noise,
+            lambda t: noise.normal(self.seed, ids, t + 1, shape, dtype),
             self._gradient(plan.times, labels),
         )
-        if not torch.isfinite(x).all():  # the only synchronisation: once per range
-            raise NonFiniteError("sampling gave images that are not finite")
-        return self.model.pixels(x)
 
     def network(self, times: Floats, labels: Tensor | None) -> Predict:
         """The network as a function of (x, t), called on micro-batches."""
@@ -94,14 +105,35 @@ class Sampler:
         return predict
 
     def warm_up(self) -> None:
-        """Compile a network that is to be compiled: one call, so that the first images cost what all others do."""
+        """Compile what is to be compiled: one call, so that the first images cost what all others do."""
         if self.device.type != "cuda":
             return
-        x = torch.zeros(1, *self.model.shape, dtype=self.sampling.state_dtype, device=self.device)
-        labels = torch.zeros(1, dtype=torch.int64, device=self.device) if self.model.num_classes else None
-        with torch.no_grad():
-            self.network(self.sampling.plan(self.model).times, labels)(x, 0)
-        torch.cuda.synchronize(self.device)
+        with torch.no_grad(), once_per_host(self.model.fingerprint, self.size, self.precision):
+            self._one_call(self.size)
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def fitted(self) -> Self:
+        """The same with a micro-batch that fits into the memory of its GPU, measured on a few images; call it before
+        the network is compiled. A micro-batch that was asked for stays."""
+        if self.device.type != "cuda" or self.micro_batch is not None:
+            return self
+        count = min(self.size, _PROBE)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._one_call(count)
+        each = (torch.cuda.max_memory_allocated(self.device) - before) / count
+        torch.cuda.empty_cache()
+        room = _SHARE * torch.cuda.mem_get_info(self.device)[0] / each
+        return replace(self, micro_batch=next((n for n in _SIZES if n <= min(self.size, room)), 1))
+
+    def _one_call(self, count: int) -> None:
+        """Noise, one evaluation and pixels of `count` images, for what they cost."""
+        ids = torch.arange(count, device=self.device)
+        x = noise.normal(self.seed, ids, INITIAL_DRAW, self.model.shape, self.sampling.state_dtype)
+        labels = torch.zeros_like(ids) if self.model.num_classes else None
+        answer = self.network(self.sampling.plan(self.model).times, labels)(x, 0)
+        self.model.pixels(answer.eps)
 
     def _gradient(self, times: Floats, labels: Tensor | None) -> Gradient | None:
         """The classifier's gradient as a function of (x, t), if the model brings one."""
@@ -112,20 +144,21 @@ class Sampler:
         return lambda x, t: torch.cat([gradient(x[s], float(times[t]), labels[s]) for s in self._parts(x)])
 
     def _parts(self, x: Tensor) -> list[slice]:
-        return [slice(i, i + self._size) for i in range(0, len(x), self._size)]
+        return [slice(i, i + self.size) for i in range(0, len(x), self.size)]
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
+        """Images per network call."""
         return self.micro_batch or _micro_batch(self.model, self.device)
 
     def _call(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
         """The answer for one micro-batch at most."""
         count = len(x)
-        if self.device.type == "cuda" and count < self._size:
+        if self.device.type == "cuda" and count < self.size:
             # Kernels are chosen, and compiled, for a shape: with one shape for all calls an image has the same bits
             # in every range.
-            x = torch.cat([x, x.new_zeros(self._size - count, *x.shape[1:])])
-            labels = None if labels is None else torch.cat([labels, labels.new_zeros(self._size - count)])
+            x = torch.cat([x, x.new_zeros(self.size - count, *x.shape[1:])])
+            labels = None if labels is None else torch.cat([labels, labels.new_zeros(self.size - count)])
         if self.precision == torch.float32:
             answer = self.model(x, time, labels)
         else:
@@ -179,4 +212,5 @@ def measure_ms_eps(
 
 
 def _micro_batch(model: Model, device: torch.device) -> int:
-    return min(_IMAGES, max(1, _ELEMENTS[device.type] // math.prod(model.shape)))
+    most = _ELEMENTS[device.type] // math.prod(model.shape)
+    return next((n for n in _SIZES if n <= most), 1)

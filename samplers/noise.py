@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from samplers.compiling import Compiled
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -21,16 +23,14 @@ LABEL_DRAW = _MASK  # a draw index that no solver step reaches
 PRIOR_DRAW = _MASK - 1
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of a 128-bit counter under a 64-bit key.
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Four int64 tensors with values in [0, 2³²), broadcastable."""
 
-    counter: four int64 tensors with values in [0, 2³²), broadcastable. seed: taken modulo 2⁶⁴.
-    Returns four int64 tensors with values in [0, 2³²).
-    """
+
+def philox(counter: Words, key: tuple[int | Tensor, int | Tensor]) -> Words:
+    """Philox4x32-10 of a 128-bit counter under a 64-bit key, whose two words lie in [0, 2³²)."""
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    k0, k1 = key
     for _ in range(_ROUNDS):
         # A 32×32-bit product needs 64 bits; int64 wraps, but keeps every bit, and the mask undoes the sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -44,11 +44,20 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _words(seed: int, image_ids: Tensor, draw: int, quads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four [B, quads] tensors of 32-bit words for one draw of every image."""
+def _key(seed: int) -> tuple[int, int]:
+    """The seed modulo 2⁶⁴ in two words."""
+    return seed & _MASK, (seed >> 32) & _MASK
+
+
+def _counter(image_ids: Tensor, draw: int, quads: int) -> Words:
+    """What numbers four [B, quads] tensors of 32-bit words for one draw of every image."""
     element = torch.arange(quads, device=image_ids.device)[None, :]
     ids = image_ids[:, None]
-    return philox((element, torch.full_like(element, draw), ids & _MASK, (ids >> 32) & _MASK), seed)
+    return element, torch.full_like(element[:, :1], draw), ids & _MASK, (ids >> 32) & _MASK
+
+
+def _words(seed: int, image_ids: Tensor, draw: int, quads: int) -> Words:
+    return philox(_counter(image_ids, draw, quads), _key(seed))
 
 
 def normal(seed: int, image_ids: Tensor, draw: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -58,14 +67,28 @@ def normal(seed: int, image_ids: Tensor, draw: int, shape: tuple[int, ...], dtyp
     bits of log and cos differ between devices and vector widths, and the rounding hides that. |z| < 6.7.
     """
     numel = math.prod(shape)
-    words = _words(seed, image_ids, draw, -(-numel // 4))
-    u0, u1, u2, u3 = ((w.double() + 0.5) * 2.0**-32 for w in words)
+    counter = _counter(image_ids, draw, -(-numel // 4))
+    if image_ids.device.type == "cuda":
+        # What changes from draw to draw enters as tensors on the device, which are filled without waiting for it.
+        low, high = (torch.full_like(counter[1], word) for word in _key(seed))
+        z = _fused(counter, (low, high))
+    else:
+        z = _box_muller(counter, _key(seed))
+    return z[:, :numel].to(dtype).reshape(len(image_ids), *shape)
+
+
+def _box_muller(counter: Words, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
+    """Float32 [B, 4·quads]: pairs of normal numbers from pairs of words."""
+    u0, u1, u2, u3 = ((w.double() + 0.5) * 2.0**-32 for w in philox(counter, key))
     pairs = []
     for radius, angle in ((u0, u1), (u2, u3)):
         r, phi = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
         pairs += [r * phi.cos(), r * phi.sin()]
-    z = torch.stack(pairs, dim=-1).flatten(1)[:, :numel].float()
-    return z.to(dtype).reshape(len(image_ids), *shape)
+    return torch.stack(pairs, dim=-1).flatten(1).float()
+
+
+# On a GPU one kernel instead of some hundred, which each read and write eight bytes per number.
+_fused = Compiled(_box_muller, "the random numbers", dynamic=True)
 
 
 def uniform(seed: int, image_ids: Tensor, draw: int, count: int) -> Tensor:

@@ -108,20 +108,27 @@ class Evaluator:
                 resize=data.resize,
                 progress=progress,
             )
-        micro_batch = None if spec.resources.micro_batch == "auto" else spec.resources.micro_batch
-        make_fast(model.to(device), device, getattr(torch, precision(spec, device)))
-        evaluator = cls(
+        number_type = precision(spec, device)
+        sampler = Sampler(
+            model=model.to(device),
+            sampling=spec.sampling[0],
+            device=device,
+            seed=spec.search.seed,
+            precision=getattr(torch, number_type),
+            micro_batch=None if spec.resources.micro_batch == "auto" else spec.resources.micro_batch,
+        ).fitted()
+        make_fast(model, device, sampler.precision)
+        sampler.warm_up()
+        return cls(
             model=model,
             extractor=extractor.to(device),
             reference=reference,
             frechet=FrechetReference.of(reference.gaussian().to(device)),
             device=device,
             seed=spec.search.seed,
-            precision=precision(spec, device),
-            micro_batch=micro_batch,
+            precision=number_type,
+            micro_batch=sampler.micro_batch,
         )
-        evaluator._sampler(spec.sampling[0], spec.search.seed).warm_up()
-        return evaluator
 
     @property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ Imports neither torch nor numpy: asking the store is quick.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from samplers.errors import InputError
@@ -30,6 +31,7 @@ def export(best: Best, form: str, times: Sequence[float] | None = None) -> str:
     times[t]: the timestep or sigma that the network is told at evaluation t, where known; only "json" has them.
     Raises InputError where the format cannot express the schedule, or its program has not the solver.
     """
+    best = replace(best, sampling={**best.sampling, **best.parameters})
     if form == "json":
         return _json(best, times)
     if times is not None:

@@ -3,6 +3,7 @@
 Knows the strategies and what a job file may say of them; nothing of how they work, of trials or of the store.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -74,8 +75,8 @@ def _inner(
     low, high = _range(search.b, "b", _B_RANGE, inside=1.0)
     mean = 1.0 if start is None else min(max(start.mean, low), high)
     step = search.b.get("step", _B_STEP[time])
-    if not step > 0:
-        raise InputError(f"b.step is {step}: it must be above 0")
+    if not 0 < step < math.inf:
+        raise InputError(f"b.step is {step}: it must be finite and above 0")
     axes = [Axis("mean", mean, step if mean <= high - step else -step, low, high)]
     if nfe > 1:
         spread = _K_SPREAD / ((nfe - 1) / 2)
@@ -83,7 +84,7 @@ def _inner(
         # λ at the ends moves by k·(NFE − 1)/2: the same there is a like schedule at another NFE.
         k = 0.0 if start is None else start.k * max(start.nfe - 1, 1) / (nfe - 1)
         if low < high:
-            axes.append(Axis("k", round(min(max(k, low), high), 9), None, low, high))
+            axes.append(Axis("k", min(max(round(k, 9), low), high), None, low, high))
     if search.strategy == "free":
         axes += [Axis(f"bend{j}", 0.0, None, *_BEND_RANGE) for j in range(2, min(nfe, _BENDS + 2))]
     axes += [_parameter(sampling, name, *ends) for name, ends in search.parameters.items()]
@@ -103,7 +104,7 @@ def _parameter(sampling: Solver, name: str, low: float, high: float) -> Axis:
     except InputError as error:
         raise InputError(f"parameters.{name}: {error}") from None
     start = float(getattr(sampling, name))
-    if not low <= start <= high or low == high:
+    if not -math.inf < low <= start <= high < math.inf or low == high:
         raise InputError(
             f"parameters.{name}: [{low}, {high}] must be a range that holds sampling.{name}, which is {start}"
         )
@@ -120,6 +121,6 @@ def _range(
     given: Mapping[str, float], name: str, default: tuple[float, float], inside: float
 ) -> tuple[float, float]:
     low, high = given.get("start", default[0]), given.get("stop", default[1])
-    if not low <= inside <= high or (name == "b" and low <= 0):
+    if not -math.inf < low <= inside <= high < math.inf or (name == "b" and low <= 0):
         raise InputError(f"{name}: [{low}, {high}] must be a range of numbers that holds {inside:g}")
     return low, high

@@ -24,6 +24,7 @@ from search.worker import SamplerWorker
 
 # Images per call: enough that the call costs nothing beside its work, few enough that a lost one is no loss.
 _UNIT = {"cuda": 8 * BLOCK, "cpu": 2 * BLOCK}
+_RESTARTS = 20  # how often a worker is started again that died, or lost its node
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resourc
         num_gpus=needs.pop("GPU"),
         resources=needs,
         label_selector=dict(resources.labels),
-        max_restarts=-1,
+        max_restarts=_RESTARTS,
         max_task_retries=0,  # a call that dies goes to another worker
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
     )

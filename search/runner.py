@@ -289,7 +289,9 @@ def _run(
                                 rungs=spec.search.all_rungs,
                                 context=one.context,
                             )
-                            tuner.run_trials(found, workers, one.sampling, _unit(resources))
+                            tuner.run_trials(
+                                found, workers, one.sampling, unit(resources.unit, resources.workers)
+                            )
                             found.check()
 
                     _until_done(search)
@@ -311,10 +313,10 @@ def _until_done(search: Callable[[], None]) -> None:
                 raise
 
 
-def _unit(resources: pool.Resources) -> int:
-    """Images per call: less than usual where the shortest trials would not occupy all workers."""
-    share = -(-_SHORT // resources.workers)
-    return max(1, min(resources.unit, -(-share // BLOCK) * BLOCK))
+def unit(most: int, workers: int) -> int:
+    """Images per call: less than `most` where the shortest trials would not occupy all workers."""
+    share = -(-_SHORT // workers)
+    return min(most, -(-share // BLOCK) * BLOCK)
 
 
 @contextmanager

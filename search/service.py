@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import uvicorn
 from a2wsgi import WSGIMiddleware
@@ -20,6 +20,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse
 from fastapi.security.http import HTTPBase
 from optuna_dashboard import wsgi
+from pydantic import ConfigDict
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,7 +66,9 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class JobHistory:
-    """A job and every schedule that it tried, by ascending number."""
+    """A job and every schedule that it tried, by ascending number; influences are base64."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="base64")
 
     job: Job
     evaluations: Sequence[Evaluation]

@@ -63,10 +63,10 @@ class SearchSpec(_Section):
 
     strategy: "adaptive" (the mean λ and k with few images), "free" (one λ per evaluation) or "paper" (the paper's
     protocol). images: the most for one trial of the search. confirm: images on which λ = 1 and what was found are
-    evaluated on fresh random numbers in the end, default `images`; 0: not at all. budget: images for the search,
-    without confirmation, default by the strategy. `b` and `k`: strides and ranges as the strategy names them, its
-    defaults for what is left out. parameters: numbers of the solver to search beside λ (S_noise, S_churn, eta, …), each
-    with its least and largest value. warm_start: begin where the store has the best schedule of a like job.
+    evaluated on fresh random numbers in the end, default `images`; 0 (paper only): not at all. budget: images for the
+    search, without confirmation, default by the strategy. `b` and `k`: strides and ranges as the strategy names them,
+    its defaults for what is left out. parameters: numbers of the solver to search beside λ (S_noise, S_churn, eta, …),
+    each with its least and largest value. warm_start: begin where the store has the best schedule of a like job.
     """
 
     strategy: Literal["adaptive", "free", "paper"] = "adaptive"
@@ -90,6 +90,10 @@ class SearchSpec(_Section):
             )
         if self.confirm == 1:
             raise ValueError("confirm is 1: give a number of images of at least 2, or 0 for none")
+        if self.strategy != "paper" and not self.confirm_images:
+            raise ValueError(
+                f"confirm is 0: {self.strategy} tries its answer only then; give a number of images, or strategy: paper"
+            )
         if self.strategy == "paper":
             for key in ("budget", "parameters"):
                 if getattr(self, key):

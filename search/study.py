@@ -189,12 +189,14 @@ class Search:
                 continue
             self._running[trial_id] = running
             self._watcher.started(running.evaluation, images, self._strategy.expected_trials(history))
+            # A race shares its error among the job's rungs, so it looks at no others.
+            rungs = self._rungs if candidate.fresh else self._all_rungs
             return TrialConfig(
                 schedule=schedule,
                 parameters=dict(candidate.parameters),
                 seed=seed,
                 key=key,
-                rungs=(*(rung for rung in self._all_rungs if rung < images), images),
+                rungs=(*(rung for rung in rungs if rung < images), images),
                 racing=candidate.fresh,
             )
         return None

@@ -136,7 +136,7 @@ class Evaluation:
     `parameters`: options of the solver that were tried in place of the job's. `seed`: of its random numbers.
     `standard_error`: of `distance`. `gain`: the distance of λ = 1 minus this one at the same images and seed, with
     `gain_error`, its paired standard error; None where λ = 1 was not measured there. `influence`: little-endian
-    float32, the block means of `objectives.paired`, for error bars of differences. `metrics`: further numbers of the
+    float32, one per 5 images, what error bars of differences are computed from. `metrics`: further numbers of the
     same images by name. `key`: digest of all that decides the numbers. `reused`: id of the evaluation, perhaps of
     another job, that they were taken from.
     """

@@ -4,15 +4,12 @@ Knows nothing of solvers, and of a network only which of them are lamtune's own.
 there compilation takes longer than it saves.
 """
 
-import os
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from samplers.cache import cache_root
+from samplers import compiling
 from samplers.models.dhariwal import DhariwalUNet
 from samplers.models.protocol import Model
 from samplers.models.song import SongUNet
@@ -25,14 +22,12 @@ def make_fast(model: Model, device: torch.device, precision: torch.dtype) -> Non
     """Prepare a model that is on `device` for calls of one shape under autocast to `precision` (float32: none).
 
     Changes the model in place; its answers change by rounding. A model without a torch module stays as it is.
-    Compiled code is kept on disk, for the next process and job.
     """
     network = getattr(model, "network", None)
     if device.type != "cuda" or not isinstance(network, nn.Module):
         return
     if precision != torch.float32 and isinstance(network, _OWN):
         cast_weights(network, precision)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     model.network = Compiled(network)  # type: ignore[attr-defined]
 
 
@@ -44,7 +39,7 @@ def cast_weights(network: nn.Module, precision: torch.dtype) -> None:
 
 
 class Compiled(nn.Module):
-    """A network that torch compiles at its first call, and that runs as it is where that fails.
+    """A network that is compiled at its first call, see `compiling.Compiled`.
 
     Every shape of the input is compiled for itself, which takes a minute: call it with one.
     """
@@ -52,21 +47,8 @@ class Compiled(nn.Module):
     def __init__(self, network: nn.Module, **options: Any) -> None:
         super().__init__()
         self.network = network
-        self._compiled: Callable[..., Any] | None = torch.compile(network.forward, dynamic=False, **options)
+        self._call = compiling.Compiled(network.forward, type(network).__name__, dynamic=False, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network answers."""
-        if self._compiled is not None:
-            try:
-                return self._compiled(*args, **kwargs)
-            except (
-                Exception
-            ) as error:  # whatever a compiler may raise; the network's own errors come again below
-                lines = str(error).strip().splitlines() or [""]
-                warnings.warn(
-                    f"torch.compile failed for {type(self.network).__name__}, which now runs several times slower "
-                    f"without it ({type(error).__name__}: {lines[0][:200]})",
-                    stacklevel=2,
-                )
-                self._compiled = None
-        return self.network(*args, **kwargs)
+        return self._call(*args, **kwargs)

@@ -50,7 +50,8 @@ class Confirmed:
         if not point.fresh or point.setting in [c.setting for c in self._candidates(searched)[:2]]:
             return False
         rivals = [rival for rival in fresh if rival.state == "complete" and rival.setting != point.setting]
-        return any(has_lost(point, rival, point.images, self.rungs) for rival in rivals)
+        looks = self.rungs * len(rivals)
+        return any(has_lost(point, rival, point.images, looks) for rival in rivals)
 
     def _candidates(self, searched: History) -> list[Candidate]:
         """λ = 1, then the finalists, each once."""

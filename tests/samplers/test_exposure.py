@@ -1,6 +1,7 @@
 """samplers.exposure: the norms follow the closed forms of data whose score is known, and late starts are exact."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,14 @@ def normal(std: float) -> Gaussian:
 
 def seen(of: Sampler, schedule: Schedule, images: int) -> tuple[list[float], list[Tensor]]:
     """Mean norms, and the states [images, D], of each evaluation in sampling."""
-    norms, states = Norms(schedule.nfe, CPU), {}
+    norms, states = Norms(schedule.nfe, CPU), defaultdict(list)
 
     def observe(t: int, x: Tensor, eps: Tensor) -> None:
         norms.add(t, eps)
-        states[t] = x.flatten(1).double()
+        states[t].append(x.flatten(1).double())
 
     of.images(schedule, 0, images, observe)
-    return norms.means, [states[t] for t in range(schedule.nfe)]
+    return norms.means, [torch.cat(states[t]) for t in range(schedule.nfe)]
 
 
 def chi(variance: float) -> float:

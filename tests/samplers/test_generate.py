@@ -1,6 +1,7 @@
 """samplers.generate: an image depends on its id, the seed and the schedule, and on nothing else."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_seed_and_schedule_change_the_images(name):
             Schedule.uniform(sampling.nfe, b), 0, 20
         )
         assert not torch.equal(first, other)
+
+
+def test_images_go_from_noise_to_pixels_batch_by_batch():
+    schedule = Schedule.uniform(6, 1.02)
+    seen = []
+    sampler = Sampler(cloud("discrete"), DDPM("ddpm", 6), CPU, micro_batch=20)
+    sampler.images(schedule, 0, 50, lambda t, x, eps: seen.append((t, len(x), len(eps))))
+    assert seen == [(t, n, n) for n in (20, 20, 10) for t in reversed(range(6))]
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1, 8, 8), 250), ((3, 32, 32), 5), ((3, 256, 256), 1)])
+def test_a_call_on_a_processor_has_what_its_caches_hold(shape, size):
+    model = load_model("ideal", None, {"time": "discrete", "shape": shape, "points": 2, "seed": 1})
+    assert Sampler(model, DDPM("ddpm", 6), CPU).fitted().size == size
 
 
 def test_an_exact_denoiser_of_a_point_cloud_samples_its_points():
@@ -102,3 +117,27 @@ def test_on_a_gpu_an_image_has_the_same_bits_in_every_range():
     whole = sampler.images(schedule, 0, 50)
     parts = [sampler.images(schedule, a, b) for a, b in ((0, 13), (13, 14), (14, 50))]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_on_a_gpu_a_call_takes_no_more_than_there_is_room_for(monkeypatch):
+    gpu = torch.device("cuda")
+    sampler = Sampler(load_model("digits", None, {}).to(gpu), DDPM("ddpm", 5), gpu)
+    assert sampler.fitted().size == 500
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**40))
+    assert sampler.fitted().size < 50
+    assert replace(sampler, micro_batch=300).fitted().size == 300
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_on_a_gpu_memory_does_not_grow_with_the_number_of_images():
+    gpu = torch.device("cuda")
+    model = load_model("ideal", None, {"time": "discrete", "shape": [3, 32, 32], "points": 2, "seed": 1})
+    sampler = Sampler(model.to(gpu), DDPM("ddpm", 3), gpu, micro_batch=50)
+    peaks = []
+    for count in (100, 100, 1000):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sampler.images(Schedule.uniform(3, 1.0), 0, count)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[2] - peaks[1] <= 3 * 1000 * 3 * 32 * 32  # the images, and once more where they are joined

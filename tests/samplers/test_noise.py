@@ -1,5 +1,7 @@
 """samplers.noise: known answers of Philox, independence of batch, and the distributions."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -32,16 +34,15 @@ def _plain_philox(counter, key):
     ],
 )
 def test_philox_gives_the_published_known_answers(counter, key, answer):
-    words = noise.philox(tuple(torch.tensor([c]) for c in counter), key[0] | key[1] << 32)
+    words = noise.philox(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(w) for w in words) == answer == _plain_philox(counter, key)
 
 
 def test_philox_agrees_with_plain_integers_on_random_counters():
     counters = np.random.default_rng(0).integers(0, 2**32, (50, 4))
-    words = noise.philox(tuple(torch.from_numpy(c) for c in counters.T.copy()), 12345 << 20)
-    expected = [
-        _plain_philox([int(c) for c in row], ((12345 << 20) % 2**32, (12345 << 20) >> 32)) for row in counters
-    ]
+    key = (12345 << 20) % 2**32, (12345 << 20) >> 32
+    words = noise.philox(tuple(torch.from_numpy(c) for c in counters.T.copy()), key)
+    expected = [_plain_philox([int(c) for c in row], key) for row in counters]
     assert torch.stack(words, 1).tolist() == [list(e) for e in expected]
 
 
@@ -82,3 +83,29 @@ def test_labels_cover_every_class_evenly():
     counts = torch.bincount(labels, minlength=10)
     assert len(counts) == 10
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_what_is_compiled_for_gpus_traces_as_one_graph_with_the_same_bits():
+    traced = torch.compile(noise._box_muller, backend="eager", fullgraph=True, dynamic=True)
+    counter, key = noise._counter(torch.tensor([0, 7, 2**33]), 4, 5), noise._key(2**40 + 3)
+    words = tuple(torch.full_like(counter[1], word) for word in key)
+    expected = noise.normal(2**40 + 3, torch.tensor([0, 7, 2**33]), 4, (20,), torch.float32)
+    assert torch.equal(traced(counter, words), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_makes_the_same_noise_in_one_kernel():
+    ids = torch.tensor([0, 7, 2**33, 12345])
+    noise._fused.failed = False
+    with warnings.catch_warnings(action="error"):
+        fast = noise.normal(2**40 + 3, ids.cuda(), 4, (3, 64, 64), torch.float32)
+    assert not noise._fused.failed
+    counter = noise._counter(ids.cuda(), 4, 3 * 64 * 16)
+    words = noise.philox(counter, noise._key(2**40 + 3))
+    assert torch.equal(torch.stack(words).cpu(), torch.stack(noise._words(2**40 + 3, ids, 4, 3 * 64 * 16)))
+    plain = noise._box_muller(counter, noise._key(2**40 + 3)).reshape(fast.shape)
+    exact = noise.normal(2**40 + 3, ids, 4, (3, 64, 64), torch.float32)
+    # log and cos are rounded differently, which one number in many millions shows in its last bit.
+    for other in (plain, exact.cuda()):
+        assert (fast != other).sum() <= 1
+        assert torch.allclose(fast, other, rtol=3e-7, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 
 import pytest
 import ray
@@ -9,8 +10,28 @@ import ray
 from benchmarks.servers import RayCluster, until
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The folder of caches of these tests, which workers of `local_ray` use whatever a test sets."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAMTUNE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def forget(cache):
+    """forget(): lose the features that were computed before, here and at the start of the test."""
+
+    def forget():
+        shutil.rmtree(cache / "features", ignore_errors=True)
+
+    forget()
+    return forget
+
+
 @pytest.fixture(scope="session")
-def local_ray():
+def local_ray(cache):
     """A Ray with at least four logical processors, shared by the tests that do not start one themselves."""
     if ray.is_initialized():
         ray.shutdown()

@@ -22,7 +22,7 @@ model: {{name: gauss, format: ideal, options: {{time: discrete, shape: [1, 8, 8]
 dataset: {{name: digits, reference: digits}}
 features: digits
 sampling: {{solver: ddpm, nfe: {nfe}}}
-search: {{images: 64, b: {{coarse: 0.1, fine: 0.05}}, k: {{start: 0, stop: 0}}}}
+search: {{strategy: paper, images: 64, confirm: 0, b: {{coarse: 0.1, fine: 0.05}}, k: {{start: 0, stop: 0}}}}
 resources: {{workers: 1}}
 """
 
@@ -64,11 +64,17 @@ def test_best_and_jobs_answer_in_the_agreed_words(submitted, url):
         "b",
         "lambdas",
         "distance",
+        "standard_error",
         "baseline_distance",
+        "gain",
+        "gain_error",
+        "significant",
+        "confirmed",
         "images",
         "trials",
+        "status",
     ]
-    assert list(answer)[:12] == [*keys, "status"]
+    assert list(answer)[: len(keys)] == keys
     assert (answer["model"], answer["solver"], answer["nfe"], answer["status"]) == (
         "gauss",
         "ddpm",
@@ -78,6 +84,9 @@ def test_best_and_jobs_answer_in_the_agreed_words(submitted, url):
     assert answer["images"] == 64
     assert answer["lambdas"] == pytest.approx([answer["k"] * t + answer["b"] for t in range(5)])
     assert answer["distance"] <= answer["baseline_distance"]
+    assert answer["gain"] == pytest.approx(answer["baseline_distance"] - answer["distance"])
+    assert answer["significant"] == (answer["gain"] > 2 * answer["gain_error"])
+    assert not answer["confirmed"]
     with open_store(url) as store:
         evaluations = store.evaluations(1)
     assert answer["trials"] == len(evaluations)
@@ -258,12 +267,12 @@ def test_export_writes_what_the_search_found(submitted, url, tmp_path):
     assert run(*words, "-o", tmp_path / "no" / "folder.json").exit_code == 2
 
 
-def test_the_demo_is_the_full_protocol_on_ten_thousand_images():
+def test_the_demo_is_the_usual_search_confirmed_on_ten_thousand_images():
     from search import cli
 
     spec = load(cli.DEMO)
-    assert spec.search.strategy == "paper"
-    assert spec.search.images == 10_000
+    assert spec.search.strategy == "adaptive"
+    assert spec.search.images == spec.search.confirm_images == 10_000
     assert len(spec.sampling) == 1
 
 

@@ -22,7 +22,13 @@ JOB = {
     "dataset": {"name": "digits", "reference": "digits"},
     "features": "digits",
     "sampling": {"solver": "ddpm", "nfe": 3},
-    "search": {"images": 64, "b": {"coarse": 0.1, "fine": 0.05}, "k": {"start": 0, "stop": 0}},
+    "search": {
+        "strategy": "paper",
+        "images": 64,
+        "confirm": 0,
+        "b": {"coarse": 0.1, "fine": 0.05},
+        "k": {"start": 0, "stop": 0},
+    },
     "resources": {"workers": 1, "labels": {"zone": "b"}},
 }
 

@@ -79,8 +79,8 @@ def test_starting_from_real_states_with_little_noise_leads_nearer_to_the_real_da
 def test_the_distance_is_that_of_a_search(found: Diagnosis, tmp_path: Path) -> None:
     spec = job(tmp_path)
     evaluator = Evaluator.load(spec, CPU)
-    moments, _ = evaluator.sample(spec.sampling[0], Schedule.uniform(5, 1.0), 0, 700)
-    assert found.schedules[0].distance == pytest.approx(evaluator.frechet.distance(moments), rel=1e-9)
+    sampled = evaluator.sample(spec.sampling[0], Schedule.uniform(5, 1.0), 0, 700)
+    assert found.schedules[0].distance == pytest.approx(evaluator.frechet.distance(sampled.moments), rel=1e-9)
 
 
 def test_a_diagnosis_is_read_again_and_drawn(found: Diagnosis, tmp_path: Path) -> None:

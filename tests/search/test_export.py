@@ -36,17 +36,27 @@ def best(solver: str, schedule: Schedule, /, **sampling: Any) -> Best:
         k=schedule.k,
         b=schedule.b,
         lambdas=schedule.lambdas,
+        parameters={},
         distance=4.31,
+        standard_error=0.05,
         baseline_distance=10.36,
+        gain=6.05,
+        gain_error=0.07,
+        significant=True,
+        confirmed=True,
         images=10_000,
         seed=0,
+        metrics={},
         evaluator="1" * 64,
         job_id=1,
         number=11,
         status="finished",
+        strategy="adaptive",
         trials=12,
         network_evaluations=2_400_000,
         seconds=204.0,
+        confirm_network_evaluations=400_000,
+        confirm_seconds=34.0,
     )
 
 
@@ -191,6 +201,16 @@ def test_edm_es_gets_steps_and_not_evaluations() -> None:
     assert heun == "--steps=18 --eps_scaler=1.0006"
     euler = export(best("euler", Schedule.uniform(13, 1.0048), rho=5.0, S_churn=20.0), "edm-es")
     assert euler == "--steps=13 --solver=euler --rho=5.0 --S_churn=20.0 --eps_scaler=1.0048"
+
+
+def test_numbers_of_the_solver_that_were_searched_take_the_place_of_the_jobs() -> None:
+    found = best("heun", Schedule.uniform(5, 1.001), S_churn=40.0, S_noise=1.003)
+    found = replace(found, parameters={"S_noise": 1.0065})
+    assert export(found, "edm-es") == "--steps=3 --S_churn=40.0 --S_noise=1.0065 --eps_scaler=1.001"
+    assert json.loads(export(found, "json"))["sampling"]["S_noise"] == 1.0065
+    ddim = replace(best("ddim", Schedule.uniform(5, 1.1), eta=0.0), parameters={"eta": 0.5})
+    with pytest.raises(InputError, match="with eta 0"):
+        export(ddim, "adm-es")
 
 
 def test_comfyui_gets_one_factor_that_it_divides_by() -> None:

@@ -27,6 +27,7 @@ from storage import Evaluator, NewJob, open_store
 
 TOKEN = "a token of 𝒹𝑒𝑒𝓅 secrets"
 LOCAL = "http://127.0.0.1:8080"
+INFLUENCE = b"\xff\xfe\x00\x80"  # no text in any encoding
 
 
 def add_job(store, model="adm", **distances):
@@ -50,7 +51,14 @@ def add_job(store, model="adm", **distances):
     for number, (b, distance) in enumerate(distances.items()):
         started = store.start_evaluation(job.id, number, "coarse", Schedule.uniform(2, float(b[1:]) / 100))
         store.report_rung(started.id, images=50, distance=distance + 1, network_evaluations=100, seconds=1.0)
-        store.report_rung(started.id, images=100, distance=distance, network_evaluations=200, seconds=2.0)
+        store.report_rung(
+            started.id,
+            images=100,
+            distance=distance,
+            network_evaluations=200,
+            seconds=2.0,
+            influence=INFLUENCE,
+        )
         store.finish_evaluation(started.id)
     return store.set_status(job.id, "finished")
 
@@ -118,6 +126,7 @@ def test_a_job_comes_with_its_evaluations(client, store):
         (1.02, 2.0, {"50": 3.0, "100": 2.0}),
         (1.04, 2.5, {"50": 3.5, "100": 2.5}),
     ]
+    assert [base64.urlsafe_b64decode(e["influence"]) for e in answer["evaluations"]] == [INFLUENCE] * 3
     assert client.get(f"/api/jobs/{job.id + 1}").status_code == 404
 
 

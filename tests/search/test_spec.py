@@ -21,7 +21,8 @@ def changed(**sections):
 def test_a_minimal_job_gets_the_defaults(tmp_path):
     spec = parse(GOOD, "job.yaml", tmp_path)
     assert spec.sampling == (DDPM("ddpm", 20),)
-    assert spec.search.images == 10_000
+    assert spec.search.strategy == "adaptive"
+    assert spec.search.images == spec.search.confirm_images == 10_000
     assert spec.search.all_rungs == (1000, 2500, 5000, 10_000)
     assert spec.resources.workers == "auto"
 
@@ -99,6 +100,14 @@ def test_bundled_names_are_no_paths(tmp_path):
         ({"search": {"images": 1}}, "job.yaml: search.images: .*(got 1)"),
         ({"search": {"seed": -1}}, "job.yaml: search.seed: .*(got -1)"),
         ({"search": {"strategy": "grid"}}, "job.yaml: search.strategy: .*(got 'grid')"),
+        ({"search": {"confirm": 0}}, "job.yaml: search: confirm is 0: adaptive .*strategy: paper"),
+        ({"search": {"confirm": 1, "strategy": "paper"}}, "job.yaml: search: confirm is 1: .*at least 2"),
+        ({"search": {"strategy": "paper", "budget": 100}}, "job.yaml: search: budget belongs to"),
+        (
+            {"search": {"strategy": "paper", "parameters": {"eta": [0, 1]}}},
+            "job.yaml: search: parameters belongs to",
+        ),
+        ({"search": {"parameters": {"eta": 1}}}, "job.yaml: search.parameters.eta: "),
         ({"search": {"images": 10, "rungs": [20]}}, "job.yaml: search: rungs must rise"),
         ({"search": {"b": {"coarse": "wide"}}}, "job.yaml: search.b.coarse: .*(got 'wide')"),
         ({"resources": {"workers": 0}}, "job.yaml: resources.workers: .*(got 0)"),

@@ -27,7 +27,9 @@ pytestmark = [
 
 # λ = 1 and one more.
 SEARCH = {
+    "strategy": "paper",
     "images": 64,
+    "confirm": 0,
     "b": {"coarse": 0.01, "fine": 0.01, "start": 1, "stop": 1.01},
     "k": {"start": 0, "stop": 0},
 }

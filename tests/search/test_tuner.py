@@ -21,7 +21,7 @@ class Counter:
 
     behaviour: `after`, a file without which it does not get ready; `cannot`, why it cannot load; `slow`, seconds a
     call; `log`, a file that gets a line per call; `dies`: the first image of calls that kill its process, unless the
-    file `once` exists, which it then makes.
+    file `once` exists, which it then makes; `fuse`, a file that it removes and dies when it is to tell influences.
     """
 
     def __init__(self, **behaviour):
@@ -55,15 +55,21 @@ class Counter:
         return together, float(together == list(range(len(together)))) * len(together), 1000.0
 
     def influences(self, sensitivity, features):
+        if os.path.exists(fuse := self.behaviour.get("fuse", "")):
+            os.remove(fuse)
+            os._exit(1)
         return sensitivity + features
 
 
 class Loop:
-    """Runs the given schedules one after another and remembers everything it is told."""
+    """Runs the given schedules one after another and remembers everything it is told.
 
-    def __init__(self, *schedules, racing=False, fails=None):
+    stop: schedule → the number of images at whose distance it is to be stopped.
+    """
+
+    def __init__(self, *schedules, racing=False, stop=None, fails=None):
         self.todo, self.running, self.told, self.ends = list(schedules), {}, [], []
-        self.racing, self.fails = racing, fails
+        self.racing, self.stop, self.fails = racing, stop or {}, fails
 
     def next_trial(self, trial_id):
         if not self.todo or any(progress.fatal for _, progress in self.told):
@@ -79,11 +85,16 @@ class Loop:
     def report(self, trial_id, progress):
         if self.fails is not None:
             raise self.fails
-        self.told.append((self.running[trial_id], progress))
-        return self.racing and progress.distance is not None
+        schedule = self.running[trial_id]
+        self.told.append((schedule, progress))
+        return progress.distance is not None and progress.images == self.stop.get(schedule)
 
     def complete(self, trial_id, lost):
         self.ends.append((self.running.pop(trial_id), lost))
+
+    def of(self, schedule):
+        """What was told of a schedule at its rungs."""
+        return [p for s, p in self.told if s == schedule and p.distance is not None]
 
 
 def config(schedule, racing=False):
@@ -149,7 +160,10 @@ def test_a_trial_reports_each_rung_once_in_order_with_all_its_images_and_their_i
 
 
 def test_a_racing_trial_begins_nothing_beyond_the_rung_at_which_it_is_stopped(workers, tmp_path):
-    run(Loop("a", racing=True), workers({"log": str(tmp_path / "log")}, {"log": str(tmp_path / "log")}))
+    run(
+        Loop("a", racing=True, stop={"a": 10}),
+        workers({"log": str(tmp_path / "log")}, {"log": str(tmp_path / "log")}),
+    )
     assert sorted((tmp_path / "log").read_text().split()) == ["0", "7"]
 
 
@@ -183,6 +197,25 @@ def test_a_worker_that_dies_costs_its_calls_in_flight_and_works_again(workers, t
     sampled = [int(line) for line in (tmp_path / "log").read_text().split()]
     assert set(sampled) == {start for _, start, _ in units(RUNGS, 7)}
     assert len(sampled) - len(set(sampled)) <= tuner._IN_FLIGHT
+
+
+def test_a_worker_that_dies_between_its_images_and_their_influences_changes_nothing(workers, tmp_path):
+    (tmp_path / "fuse").touch()
+    loop = Loop("a", "b")
+    run(loop, workers({"fuse": str(tmp_path / "fuse")}, {}))
+    assert not (tmp_path / "fuse").exists()
+    for schedule in "ab":
+        assert [(p.images, p.distance) for p in loop.of(schedule)] == ALL
+        assert all(
+            np.array_equal(p.influence, block_means(1000.0 + np.arange(p.images))) for p in loop.of(schedule)
+        )
+
+
+def test_a_trial_that_is_stopped_with_calls_in_flight_leaves_nothing_to_the_next(workers):
+    loop = Loop("a", "b", stop={"a": 10})
+    run(loop, workers({}, {}, {}))
+    assert [p.images for p in loop.of("a")] == [10]
+    assert [(p.images, p.distance) for p in loop.of("b")] == ALL
 
 
 def test_images_that_kill_every_worker_end_the_search(workers):

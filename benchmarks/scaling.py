@@ -1,0 +1,213 @@
+"""Times trials over 1 … N workers of this machine, and simulates more of them with the times that were measured.
+
+    python -m benchmarks.scaling [JOB.yaml] [--images N] [--json]
+
+The trials are real ones: Ray Tune, the workers, moments and influences. The simulation is one of discrete events: calls
+are handed out one by one, each worker computes what it has, its moments travel to one worker that adds them up and
+takes the distance, and that one's derivative travels to all. It shows where more workers stop to help, and what holds
+them up; it knows nothing of hosts that fail or networks that are shared.
+"""
+
+import heapq
+import logging
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from benchmarks.common import Case, Found, Part, grid, load_case, main, milliseconds, once, scratch, seconds
+from objectives.frechet import FrechetReference, Gaussian
+from objectives.influence import Sensitivity
+from objectives.moments import Moments
+from samplers.schedule import Schedule
+from search import pool, tuner
+from search.evaluator import BLOCK
+from search.runner import unit
+
+_TRIALS = 3  # the first of them does not count: Tune starts its process
+SIMULATED = (1, 8, 64, 512)
+TOTALS = (10_000, 50_000)
+INCEPTION = 2048  # dimensions of its features, with which messages and distances cost most
+_NETWORK = 1.25e9  # bytes per second between hosts where workers are on several: 10 Gbit/s
+
+
+class _Trials:
+    """A search of a fixed number of trials of λ = 1, as the tuner sees one; notes when each ends."""
+
+    def __init__(self, case: Case, images: int, name: str) -> None:
+        self._case, self._images, self._name = case, images, name
+        self._begun = 0
+        self.ends: list[float] = []
+        self.busy: list[float] = []
+
+    def next_trial(self, trial_id: str) -> tuner.TrialConfig | None:
+        if self.finished:
+            return None
+        self._begun += 1
+        schedule = Schedule.uniform(self._case.sampling.nfe, 1.0)
+        key = f"{self._name}-{self._begun}"  # another one each: nothing is found in the cache
+        return tuner.TrialConfig(
+            schedule=schedule,
+            parameters={},
+            seed=self._begun,
+            key=key,
+            rungs=(self._images,),
+            racing=False,
+        )
+
+    @property
+    def finished(self) -> bool:
+        return self._begun == _TRIALS
+
+    def report(self, trial_id: str, progress: tuner.Progress) -> bool:
+        assert progress.error is None, progress.error
+        if progress.distance is not None:
+            self.ends.append(time.perf_counter())
+            self.busy.append(progress.seconds)
+        return False
+
+    def complete(self, trial_id: str, lost: str | None) -> None:
+        assert lost is None, lost
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds that the simulation is made of.
+
+    image: at a worker, per image. call: what handing out a call and taking its answer costs the trial's process.
+    message: moments from one worker to another. add: of one message to the sum. distance: with its derivative.
+    influences: of a call's images.
+    """
+
+    image: float
+    call: float
+    message: float
+    add: float
+    distance: float
+    influences: float
+
+
+def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, float]:
+    """Seconds of one trial: until all is sampled, and in all."""
+    calls = tuner.units((images,), unit(most, workers))
+    free = [(0.0, w) for w in range(workers)]  # when each worker can begin
+    driver, done = 0.0, []
+    load = [0] * workers
+    for _, start, stop in calls:
+        driver += times.call / 2
+        ready, worker = heapq.heappop(free)
+        end = max(ready, driver) + (stop - start) * times.image
+        done.append(end)
+        load[worker] += 1
+        heapq.heappush(free, (end, worker))
+    answered = 0.0
+    for end in sorted(done):
+        answered = max(answered, end) + times.call / 2
+    merged = answered + len(calls) * (times.message * (workers > 1) + times.add) + times.distance
+    told = merged + min(workers, len(calls)) * times.message * (workers > 1)
+    return {"sampled": answered, "trial": told + max(load) * times.influences + len(calls) * times.call}
+
+
+def simulated(times: Times, most: int) -> Found:
+    """What the simulation says of these times."""
+    return {
+        "times": asdict(times),
+        "trials": {n: {w: simulate(times, w, n, most) for w in SIMULATED} for n in TOTALS},
+    }
+
+
+def measured(dimension: int, device: torch.device, worker: Any, image: float) -> Times:
+    """The times of the simulation with features of some dimension, on random ones; a message also takes what a network
+    of 10 Gbit/s makes of it.
+    """
+    features = torch.randn(BLOCK, dimension, dtype=torch.float64, device=device)
+    moments = Moments.of(features).to("cpu")
+    many = Moments.of(torch.randn(2 * dimension, dimension, dtype=torch.float64, device=device)).to("cpu")
+    frechet = FrechetReference.of(Gaussian(many.mean, many.cov).to(device))
+    sensitivity = Sensitivity.of(frechet, many)
+    size = len(pickle.dumps(moments))
+    return Times(
+        image=image,
+        call=seconds(lambda: ray.get(worker.placed.remote()), 20),
+        message=seconds(lambda: ray.get(ray.put(moments))) + size / _NETWORK,
+        add=seconds(lambda: moments + moments),
+        distance=once(lambda: (frechet.distance(many), Sensitivity.of(frechet, many).to("cpu"))),
+        influences=seconds(lambda: sensitivity.influences(features).cpu()),
+    )
+
+
+@contextmanager
+def _started() -> Iterator[None]:
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def measure(job: Path, images: int) -> Found:
+    """Seconds of a trial over 1 … N workers, the simulation's times, and what it says."""
+    case = load_case(job)
+    spec, reference = case.spec, case.evaluator.reference
+    resources = pool.available(spec, [pool.this_machine()])
+    found: Found = {"device": resources.device, "workers": {}, "simulated": {}}
+    with scratch(), _started():
+        for count in _counts(resources.workers):
+            cores = "auto" if resources.needs["GPU"] else 1  # else fewer workers would have more threads each
+            asked = spec.resources.model_copy(update={"workers": count, "cpus": cores})
+            one = pool.available(spec.model_copy(update={"resources": asked}), [pool.this_machine()])
+            workers = pool.start_workers(spec, reference, case.evaluator.model.fingerprint, one)
+            ray.get([worker.load.remote(*workers.needs) for worker in workers.actors])  # all of them
+            try:
+                loop = _Trials(case, images, f"scaling-{count}")
+                tuner.run_trials(loop, workers, case.sampling, unit(one.unit, count))
+                wall = (loop.ends[-1] - loop.ends[0]) / (_TRIALS - 1)
+                busy = sum(loop.busy[1:]) / (_TRIALS - 1)
+                found["workers"][count] = {"trial": wall, "idle": 1 - busy / (count * wall)}
+                if count == 1:
+                    for dimension in dict.fromkeys((case.evaluator.extractor.dim, INCEPTION)):
+                        times = measured(dimension, case.device, workers.actors[0], busy / images)
+                        found["simulated"][dimension] = simulated(times, resources.unit)
+            finally:
+                pool.stop_workers(workers)
+    return found
+
+
+def _counts(most: int) -> list[int]:
+    """1, 2, 4, … and all."""
+    return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
+
+
+def table(found: Found) -> list[str]:
+    """What was measured, and what follows for more workers."""
+    rows: list[list[object]] = [["workers", "trial", "times as fast as one", "idle"]]
+    first = found["workers"][1]["trial"]
+    rows += [
+        [n, f"{t['trial']:.2f} s", f"{first / t['trial']:.2f}", f"{t['idle']:.1%}"]
+        for n, t in found["workers"].items()
+    ]
+    lines = grid(rows)
+    for dimension, answer in found["simulated"].items():
+        times = ", ".join(f"{name} {milliseconds(t)}" for name, t in answer["times"].items())
+        lines.append(f"  simulated, {dimension} features; {times}")
+        for total, counts in answer["trials"].items():
+            one = counts[1]["trial"]
+            rows = [[f"{total:,} images", "trial", "times as fast", "efficiency", "until sampled"]]
+            for n, t in counts.items():
+                gain = one / t["trial"]
+                cells = [f"{t['trial']:.2f} s", f"{gain:.1f}", f"{gain / n:.0%}", f"{t['sampled']:.2f} s"]
+                rows.append([f"{n} workers", *cells])
+            lines += grid(rows)
+    return lines
+
+
+PART = Part("trials over workers", measure, table)
+
+if __name__ == "__main__":
+    main({"scaling": PART}, __doc__)

@@ -1,0 +1,71 @@
+"""What a job pays before its first trial: imports, loading, compilation, Ray and the workers.
+
+    python -m benchmarks.startup [JOB.yaml] [--json]
+
+Imports and loading are timed in processes of their own: the first with an empty cache (statistics of the real images,
+and compilation on a GPU), the second with what the first one left.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ray
+
+from benchmarks.common import Found, Part, grid, main, once, scratch
+from search import pool
+from search.evaluator import Evaluator, accelerator
+from search.spec import load
+
+_IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+_LOAD = (
+    "import sys, time; from search.spec import load; from search.evaluator import Evaluator, accelerator; "
+    "spec = load(sys.argv[1]); t = time.perf_counter(); Evaluator.load(spec, accelerator()); "
+    "print(time.perf_counter() - t)"
+)
+
+
+def measure(job: Path, images: int) -> Found:
+    """Seconds of each step."""
+    found: Found = {
+        f"import {name}": _child(_IMPORT.format(name)) for name in ("torch", "ray.tune", "search.runner")
+    }
+    with scratch(compiled=False):
+        found["load, nothing cached"] = _child(_LOAD, str(job))
+        found["load, cached"] = _child(_LOAD, str(job))
+        spec = load(job)
+        evaluator = Evaluator.load(spec, accelerator())
+        reference, network = evaluator.reference, evaluator.model.fingerprint
+        del evaluator
+        resources = pool.available(spec, [pool.this_machine()])
+        began = time.perf_counter()
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        found["start Ray"] = time.perf_counter() - began
+        try:
+            found[f"start the first of {resources.workers} worker(s)"] = once(
+                lambda: pool.start_workers(spec, reference, network, resources)
+            )
+        finally:
+            ray.shutdown()
+    return found
+
+
+def _child(code: str, *words: str) -> float:
+    """What a process of its own prints: seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, env=os.environ
+    )
+    return float(done.stdout.split()[-1])
+
+
+def table(found: Found) -> list[str]:
+    """A line per step."""
+    return grid([[name, f"{taken:,.2f} s"] for name, taken in found.items()])
+
+
+PART = Part("start-up of a job", measure, table)
+
+if __name__ == "__main__":
+    main({"startup": PART}, __doc__)
