@@ -36,7 +36,14 @@ import psutil
 import yaml
 from sqlalchemy import URL
 
-from benchmarks.servers import PostgreSQL, RayCluster, RayNode, new_database, postgresql, until
+from benchmarks.servers import (
+    PostgreSQL,
+    RayCluster,
+    RayNode,
+    new_database,
+    postgresql,
+    until,
+)
 from storage import STALE_S, Evaluation, open_store
 
 KINDS = ("worker", "driver", "node", "postgresql")

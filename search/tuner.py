@@ -207,9 +207,8 @@ class Trial(tune.Trainable):
     # ---- workers that come and go
 
     def _join(self, worker: int) -> None:
-        load = self._workers[worker].load.options(
-            max_task_retries=_LOSSES
-        )  # waits until Ray has started it again
+        # Repeated until Ray has started it again, or does so no more; each try at one that restarts counts for Ray.
+        load = self._workers[worker].load.options(max_task_retries=-1)
         self._joining[load.remote(*self._needs)] = worker
 
     def _wait(self) -> Any:

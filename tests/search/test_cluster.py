@@ -121,6 +121,12 @@ def test_cancel_stops_the_driver_through_the_store_and_the_job_can_go_on(lamtune
         assert lamtune("cancel", again).exit_code == 0
         assert "STOPPED" in until(lambda: over(lamtune, again))
         assert store.job(1).status == "cancelled"
+        resumed = lamtune("resume", 1).output.strip()
+        assert resumed not in (name, again)
+        until(lambda: store.job(1).status == "running")
+        assert lamtune("resume", 1).output.splitlines()[0] == resumed  # not sent twice
+        assert lamtune("cancel", resumed).exit_code == 0
+        assert "STOPPED" in until(lambda: over(lamtune, resumed))
 
 
 @pytest.mark.parametrize(

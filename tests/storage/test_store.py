@@ -771,6 +771,23 @@ def killing(server: PostgreSQL, engine: Engine) -> Iterator[None]:
     yield
 
 
+def test_a_full_database_is_said_and_keeps_what_it_has(sqlite_url: str) -> None:
+    with open_store(sqlite_url) as store:
+        job = store.create_job(new_job("s"))
+        store._readers.dispose()
+        event.listen(store._readers, "connect", lambda c, _: c.execute("PRAGMA max_page_count = 1"))
+        written: list[Evaluation] = []
+
+        def write_on() -> None:
+            for number in range(10_000):
+                schedule = Schedule.uniform(NFE, 1.0)
+                written.append(store.start_evaluation(job.id, number, "coarse", schedule))
+
+        with pytest.raises(LamtuneError, match="full"):
+            write_on()
+        assert store.evaluations(job.id) == tuple(written)
+
+
 def test_a_sqlite_store_lets_readers_in_while_one_writes(sqlite_url: str) -> None:
     with open_store(sqlite_url) as store:
         job = store.create_job(new_job("s"))
