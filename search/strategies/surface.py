@@ -124,7 +124,8 @@ def _fit(
         [
             np.full(len(rungs), np.inf),
             np.full(p, _SLOPE * rise),
-            np.where(pure, _CURVE, 2 * _CROSS / math.sqrt(max(p - 1, 1))) * rise,  # u_a·u_b has the coefficient 2·H_ab
+            np.where(pure, _CURVE, 2 * _CROSS / math.sqrt(max(p - 1, 1)))
+            * rise,  # u_a·u_b has the coefficient 2·H_ab
         ]
     )
     noise = _noise(per_image, observed, u, rise)
