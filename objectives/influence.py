@@ -6,7 +6,6 @@ influence function; Efron's infinitesimal jackknife). Their spread is the error 
 random numbers image i of two schedules share their noise, and the spread of ψ_i − ψ'_i is the error bar of the
 difference: see `objectives.paired`.
 
-Influences leave here as means over blocks of BLOCK consecutive images, small enough to be stored with every trial.
 Knows nothing of λ, trials or databases.
 """
 
@@ -19,9 +18,6 @@ from torch import Tensor
 
 from objectives.frechet import FrechetReference, Gaussian
 from objectives.moments import Moments
-
-BLOCK = 25
-"""Images per stored number; 40 numbers at 1,000 images leave an error bar itself uncertain by 11 %."""
 
 _RANK = 1e-10  # eigenvalues below this share of the largest are those of a rank-deficient covariance
 
@@ -67,10 +63,3 @@ class Sensitivity:
         """ψ of each image, [N] float64 in units of the distance, from its features [N, D] on the same device."""
         centred = features.to(torch.float64) - self.mean
         return centred @ self.slope + (centred @ self.curve * centred).sum(1) - self.offset
-
-
-def block_means(influences: Tensor) -> Tensor:
-    """[N] → [⌈N / BLOCK⌉]: means over blocks of consecutive images; the last block may be a short one."""
-    whole = len(influences) // BLOCK * BLOCK
-    means = influences[:whole].reshape(-1, BLOCK).mean(1)
-    return means if whole == len(influences) else torch.cat([means, influences[whole:].mean()[None]])

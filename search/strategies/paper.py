@@ -155,6 +155,16 @@ class PaperStrategy:
         wanted = self._wanted(known)
         return FINISHED if wanted is None else (wanted,)
 
+    def finalists(self, history: History) -> tuple[Candidate, ...]:
+        """The complete trial of the least distance, and that of the least among uniform λ; without λ = 1."""
+        known, _ = _outcomes(history)
+        ranked = sorted((value, schedule) for schedule, value in known.items() if value < math.inf)
+        found = []
+        for of_kind in (ranked, [(value, schedule) for value, schedule in ranked if schedule[1] == 0]):
+            if of_kind and of_kind[0][1] != key(1, 0) and of_kind[0][1] not in [c.key for c in found]:
+                found.append(Candidate("final", *of_kind[0][1]))
+        return tuple(found)
+
     def expected_trials(self, history: History) -> int:
         """As many as there are, and as many more as is usual; exact at the end.
 

@@ -1,0 +1,65 @@
+"""Error bars of distances and of their differences, from the influences of images (`objectives.influence`).
+
+Two distances of images with the same random numbers err together: image i raises or lowers both. So the error bar of
+a difference is taken from the differences of influences, image by image, and not from the two error bars.
+
+Influences are kept as means over blocks of BLOCK consecutive images, in float32: small enough to be stored with every
+trial, and rungs of fewer images are their first numbers. Knows nothing of torch, features or databases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 5
+"""Images per stored number: few enough that 100 numbers at 500 images give the covariance of a dozen schedules."""
+
+Influence = NDArray[np.float32]
+"""Block means [⌈n / BLOCK⌉] of the influences of images 0 … n − 1, in units of the distance."""
+
+
+def block_means(influences: NDArray[np.float64]) -> Influence:
+    """Influences of images 0 … n − 1, [n] → means of blocks; what is left over makes a short last block."""
+    whole = len(influences) // BLOCK * BLOCK
+    means = [influences[:whole].reshape(-1, BLOCK).mean(1)]
+    if whole < len(influences):
+        means.append(influences[whole:].mean(keepdims=True))
+    return np.concatenate(means).astype(np.float32)
+
+
+def pack(influence: Influence) -> bytes:
+    """For a database: little-endian float32."""
+    return influence.astype("<f4").tobytes()
+
+
+def unpack(data: bytes) -> Influence | None:
+    """What `pack` made; None for no bytes."""
+    return np.frombuffer(data, dtype="<f4").astype(np.float32) if data else None
+
+
+def first(influence: Influence, images: int) -> Influence:
+    """The part that belongs to the first `images` images."""
+    return influence[: -(-images // BLOCK)]
+
+
+def covariance(influences: Sequence[Influence]) -> NDArray[np.float64]:
+    """The covariance [m, m] of m distances, all of the same images and random numbers; 0 for fewer than 2 blocks."""
+    stacked = np.stack(influences).astype(np.float64)
+    blocks = stacked.shape[1]
+    if blocks < 2:
+        return np.zeros((len(influences), len(influences)))
+    return np.atleast_2d(np.cov(stacked)) / blocks
+
+
+def standard_error(influence: Influence) -> float:
+    """Of one distance."""
+    return math.sqrt(covariance([influence])[0, 0])
+
+
+def difference_error(one: Influence, other: Influence) -> float:
+    """Standard error of the difference of two distances of the same images and random numbers."""
+    return standard_error(one - other)
