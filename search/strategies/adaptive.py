@@ -24,19 +24,21 @@ import numpy as np
 
 from samplers.errors import InputError
 from search.strategies import line
-from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step
+from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step, bend_basis
 from search.strategies.surface import Sample, Surface, Vector, fit
 
 _LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
 _CLEAR = 4.0  # coordinates are moved for a gain of so many times what noise alone would give
 _REACH = 3.0  # of the window's half width: how far a fitted minimum is believed
-_RADIUS = 1.0  # of the refining simplex, in half widths: nearer corners are less off a parabola, and as telling
-_POLISH = 3  # measurements of the minimum itself, at most
-_NEAR = 0.2  # of a half width: a measurement so near to the minimum says how the curve is there
-_GRID = 250  # image counts of refinements are multiples of this
-_SHARES = (1.0,)  # of what is left of the budget, for each round of refinement
+_RADIUS = 0.5  # of the steps of a round, in half widths
+_SHARE = 0.25
+_ROUNDS = 4
+_SLACK = 2.0
+_SAME = 0.25
 _MOVED = 1.0  # of a half width: a minimum so far from the corners wants new ones
-_WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
+_GRID = 250
+_POLISH = 1
+_NEAR = 0.25
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
 
 
@@ -161,13 +163,14 @@ class AdaptiveStrategy:
         axis = self.axes[a]
         step = self._step(axis, widths)
         widths[a] = abs(step)
+        ask = line.ask if axis.step is not None else line.bracket
         values = {}
         for sample in known.samples.values():
             others = np.delete(sample.position - centre, a)
             if (np.abs(others) < 1e-9).all() and self.rung in sample.rungs:
                 values[float(sample.position[a])] = sample.rungs[self.rung]
         start = float(centre[a])
-        x: float | None = start if start not in values else line.ask(values, start, step, axis.low, axis.high)
+        x: float | None = start if start not in values else ask(values, start, step, axis.low, axis.high)
         while x is not None:
             position = centre.copy()
             position[a] = x
@@ -178,8 +181,8 @@ class AdaptiveStrategy:
             values[x] = value
             if candidate is not None and value < math.inf:
                 known.use(candidate, self._position(candidate), self.rung)
-            x = line.ask(values, start, step, axis.low, axis.high)
-        found = line.window(values)
+            x = ask(values, start, step, axis.low, axis.high)
+        found = line.window(values) if axis.step is not None else None
         if found is None:
             centre[a] = min(values, key=lambda x: (values[x], abs(x - start)))
         else:
@@ -188,43 +191,48 @@ class AdaptiveStrategy:
         return None
 
     def _refine(self, known: _Known, centre: Vector, widths: Vector) -> _Plan:
-        """A simplex around the minimum on more and more images while they are worth it, then the minimum itself.
-
-        The same corners go on with more images, which costs only those; corners elsewhere are taken where the
-        minimum has moved away. Where the minimum that they lead to is not near any of them, it is measured on as
-        many images, and again: the curve there may not be the parabola through the corners.
-        """
-        images, corners, around = self.rung, [], centre
+        """Rounds: the minimum so far and one step from it along each coordinate, on more images."""
+        size = len(self.axes) + 1
         surface = self._fit(known, centre, widths)
-        for share in _SHARES:
-            if surface is None or not surface.free or (need := self._need(known, surface)) <= 1:
+        images, around = self.rung, None
+        middle = _gridded(int(_SHARE * (self.budget - known.images)) // size)
+        for turn in range(_ROUNDS):
+            if surface is None or self._need(known, surface) <= 1:
                 break
-            free = list(surface.free)
             at = self._believed(surface, centre, widths)
-            paid = images
-            if not corners or (np.abs(at - around)[free] > _MOVED * widths[free]).any():
-                corners, around, paid = self._corners(at, widths, free), at, 0
-            left = (self.budget - known.images) * share
-            affordable = int(left + len(corners) * paid) // (len(corners) + _POLISH)
-            count = _gridded(min(self.images, affordable, math.ceil(images * need)))
-            if count < _WORTHWHILE * images:
+            moved = around is None or (np.abs(at - around) > _SAME * widths).any()
+            far = around is None or (np.abs(at - around) > _MOVED * widths).any()
+            last = (not far and images > self.rung) or turn == _ROUNDS - 1
+            around = at if moved else around
+            corners = self._corners(around, widths)
+            left = self.budget - known.images + (0 if moved else images * size)
+            count = _gridded(min(self.images, left // (size + _POLISH)))
+            if not last and images < middle < count / 1.5:
+                count = middle
+            if count <= images:
                 break
             wanted = self._measured(known, corners, count)
             if wanted:
                 return _Plan(wanted)
-            images = count
+            images = count if count > middle else self.rung + 1
+            centre = around
             surface = self._fit(known, centre, widths) or surface
+            if last:
+                break
         for _ in range(_POLISH):
-            if surface is None or not corners or self._need(known, surface) <= 1:
+            if surface is None or images <= middle or self._need(known, surface) <= 1:
                 break
             at = self._believed(surface, centre, widths)
             near = [s for s in known.samples.values() if images in s.rungs]
             if any((np.abs(s.position - at) <= _NEAR * widths).all() for s in near):
                 break
+            if self.budget - known.images < images:
+                break
             wanted = self._measured(known, [at], images)
             if wanted:
                 return _Plan(wanted)
-            surface = self._fit(known, centre, widths) or surface
+            surface = self._fit(known, at, widths) or surface
+            centre = at
         return self._end(known, surface, centre, widths)
 
     def _need(self, known: _Known, surface: Surface) -> float:
@@ -272,11 +280,12 @@ class AdaptiveStrategy:
 
     # ---- coordinates
 
-    def _corners(self, at: Vector, widths: Vector, free: Sequence[int]) -> list[Vector]:
-        corners = []
-        for corner in _simplex(len(free)):
+    def _corners(self, at: Vector, widths: Vector) -> list[Vector]:
+        """The position and one step from it along each coordinate, to the side where there is more room."""
+        corners = [at]
+        for a, axis in enumerate(self.axes):
             position = at.copy()
-            position[free] += _RADIUS * corner * widths[free]
+            position[a] += _RADIUS * widths[a] * (1 if axis.high - at[a] >= at[a] - axis.low else -1)
             corners.append(self._rounded(position, widths))
         return corners
 
@@ -298,8 +307,9 @@ class AdaptiveStrategy:
     def _step(self, axis: Axis, widths: Vector) -> float:
         if axis.step is not None:
             return axis.step
-        arm = max((self.nfe - 1) / 2, 0.5) if axis.name == "k" else 1.0
-        return float(widths[0] / arm)
+        t = np.arange(self.nfe) - (self.nfe - 1) / 2
+        shape = t if axis.name == "k" else bend_basis(self.nfe)[int(axis.name[4:]) - 2]
+        return float(_SLACK * widths[0] / math.sqrt(np.mean(shape**2)))
 
     def _position(self, candidate: Candidate) -> Vector:
         bends = {f"bend{j + 2}": c for j, c in enumerate(candidate.bends)}
@@ -341,12 +351,3 @@ def _clipped(x: Vector, centre: Vector, widths: Vector, low: Vector, high: Vecto
 
 def _gridded(images: int) -> int:
     return images // _GRID * _GRID if images >= _GRID else images
-
-
-def _simplex(dimensions: int) -> Vector:
-    """The corners [d + 1, d] of a regular simplex around 0, at distance 1 (columns: Helmert's contrasts)."""
-    corners = np.zeros((dimensions + 1, dimensions))
-    for j in range(dimensions):
-        corners[: j + 1, j] = 1 / math.sqrt((j + 1) * (j + 2))
-        corners[j + 1, j] = -math.sqrt((j + 1) / (j + 2))
-    return corners / np.linalg.norm(corners[0])

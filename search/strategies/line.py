@@ -37,7 +37,7 @@ def window(values: Mapping[float, float]) -> tuple[float, float] | None:
     return vertex, math.sqrt(RISE * max(abs(values[best]), 1e-12) / curve)
 
 
-def ask(values: Mapping[float, float], start: float, step: float, low: float, high: float) -> float | None:
+def bracket(values: Mapping[float, float], start: float, step: float, low: float, high: float) -> float | None:
     """Where to measure next, inside [low, high] and new; None when the window is known, or the line is exhausted.
 
     values: position → distance, +inf where there is none; it holds `start`. step: the first one, signed by where the
@@ -64,9 +64,14 @@ def ask(values: Mapping[float, float], start: float, step: float, low: float, hi
             if abs(neighbour - best) <= abs(step) / 8:
                 return None
             return _new(values, (best + neighbour) / 2)
+    return None
+
+
+def ask(values: Mapping[float, float], start: float, step: float, low: float, high: float) -> float | None:
+    x = bracket(values, start, step, low, high)
     found = window(values)
-    if found is None:
-        return None
+    if x is not None or found is None or len(values) >= _MOST:
+        return x
     vertex, half = found
     inside = [(x - vertex) / half for x in values if math.isfinite(values[x])]
     wanted = []

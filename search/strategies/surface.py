@@ -9,7 +9,7 @@ Knows nothing of what the coordinates mean or which point is tried next.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,14 +22,15 @@ from search.strategies.line import RISE
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-# How far the true surface may be off the quadratic one, as a share of the rise above the least value.
-_MISFIT = 0.05
-_CUBIC = 0.4  # a cubic coefficient is expected within this share of the quadratic one, in half widths
-_FITS = 6
-_FLOOR = 1e-4  # the same near the minimum, as a share of the distance
-_CROSS = (
-    0.3  # a mixed second derivative is expected within this share of the geometric mean of the two pure ones
-)
+# What is expected of a curve before it is measured, in half widths and shares of RISE of the least distance:
+_CURVE = 0.7  # a second derivative is what the widths say, give or take this share
+_CROSS = 0.3  # a mixed one is 0, give or take
+_CUBIC = 0.4  # a cubic coefficient is 0, give or take
+_LEAST = 0.2  # no curvature is believed to be less than this
+_MISFIT = 0.1
+_ORDER = 2
+_FLOOR = 3e-3
+_FITS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,59 +96,53 @@ def fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, 
 def _fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector) -> Surface | None:
     p = len(centre)
     observed = [(i, n) for i, sample in enumerate(samples) for n in sample.rungs]
-    shared = {n for n in {n for _, n in observed} if sum(m == n for _, m in observed) > 1}
-    observed = [(i, n) for i, n in observed if n in shared and math.isfinite(samples[i].rungs[n])]
-    if len(observed) < 2 * p + len(shared):
-        return None
+    counts = Counter(n for _, n in observed)
+    observed = [(i, n) for i, n in observed if counts[n] > 1]
     rungs = sorted({n for _, n in observed})
+    if len(observed) <= len(rungs):
+        return None
     y = np.array([samples[i].rungs[n] for i, n in observed])
     u = np.array([(samples[i].position - centre) / widths for i, _ in observed])
-    pairs = [(a, b) for a in range(p) for b in range(a, p)]
-    pure = [pairs.index((a, a)) for a in range(p)]
+    rows, columns = np.triu_indices(p)
     design = np.column_stack(
         [
             *(np.array([float(n == rung) for _, n in observed]) for rung in rungs),
-            *(u[:, a] for a in range(p)),
-            *(u[:, a] * u[:, b] for a, b in pairs),
-            *(u[:, a] ** 3 for a in range(p)),
+            u,
+            u[:, rows] * u[:, columns],
+            u**3,
         ]
     )
-    noise = _noise(samples, observed, y)
-    quadratic = len(rungs) + p
-    cubic = quadratic + len(pairs)
-    # The pure second derivatives have no prior; they are the scale of that of the mixed ones and the cubic terms,
-    # so they are estimated first with those held near 0.
-    scale = np.full(p, max(RISE * float(np.abs(y).min()), 1e-12))
-    beta = covariance = None
-    for _ in range(2):
-        prior = np.zeros(design.shape[1])
-        for j, (a, b) in enumerate(pairs):
-            if a != b:  # u_a·u_b has the coefficient 2·H_ab, and |H_ab| < sqrt(H_aa·H_bb) where there is a minimum
-                prior[quadratic + j] = 1 / (2 * _CROSS * math.sqrt(scale[a] * scale[b])) ** 2
-        prior[cubic:] = 1 / (_CUBIC * scale) ** 2
-        beta, covariance = _solve(design, noise, y, prior)
-        if beta is None or covariance is None:
-            return None
-        scale = beta[quadratic:cubic][pure]
-        if (scale <= 0).any():
-            return None
-    assert beta is not None
-    assert covariance is not None
-    theta = beta[len(rungs) : cubic]
-    cov = covariance[len(rungs) : cubic, len(rungs) : cubic]
-    slope, curve = _unpacked(theta, p, pairs)
-    if np.linalg.eigvalsh(curve)[0] <= 0:
+    rise = max(RISE * float(np.abs(y).min()), 1e-12)
+    pure = rows == columns
+    expected = np.concatenate([np.zeros(len(rungs) + p), rise * pure, np.zeros(p)])
+    spread = np.concatenate(
+        [
+            np.full(len(rungs) + p, np.inf),
+            np.where(pure, _CURVE, 2 * _CROSS) * rise,  # u_a·u_b has the coefficient 2·H_ab
+            np.full(p, _CUBIC * rise),
+        ]
+    )
+    beta, covariance = _solve(design, _noise(samples, observed, _MISFIT * rise * (u**2).sum(1) ** _ORDER, _FLOOR * rise), y, expected, spread)
+    if beta is None or covariance is None:
         return None
+    known = slice(len(rungs), len(rungs) + p + len(rows))
+    slope, curve = beta[known][:p], np.zeros((p, p))
+    curve[rows, columns] = beta[known][p:] * np.where(pure, 1, 0.5)
+    curve[columns, rows] = curve[rows, columns]
+    values, vectors = np.linalg.eigh(curve)
+    curve = (vectors * values.clip(min=_LEAST * rise)) @ vectors.T
     least, free = _minimum(slope, curve, (low - centre) / widths, (high - centre) / widths)
+    # The derivative of the minimum by the coefficients, from slope + 2·curve·u = 0 in the free coordinates.
     inside = list(free)
-    jacobian = np.zeros((p, len(theta)))
-    for j in range(len(theta)):
-        step = 1e-4 * (abs(theta[j]) + math.sqrt(cov[j, j]) + 1e-12)
-        moved = theta.copy()
-        moved[j] += step
-        elsewhere = _unconstrained(*_unpacked(moved, p, pairs), least, free)
-        jacobian[inside, j] = ((elsewhere - least) / step)[inside]
-    spread = jacobian @ cov @ jacobian.T
+    inverse = np.zeros((p, p))
+    inverse[np.ix_(inside, inside)] = np.linalg.inv(curve[np.ix_(inside, inside)])
+    gradient = np.zeros((p, p + len(rows)))
+    gradient[:, :p] = np.eye(p)
+    for j, (a, b) in enumerate(zip(rows, columns, strict=True)):
+        gradient[a, p + j] += least[b]
+        gradient[b, p + j] += least[a]
+    jacobian = -0.5 * inverse @ gradient
+    spread = jacobian @ covariance[known, known] @ jacobian.T
     return Surface(
         centre=centre,
         slope=slope / widths,
@@ -159,53 +154,46 @@ def _fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector,
     )
 
 
-def _noise(samples: Sequence[Sample], observed: Sequence[tuple[int, int]], y: Vector) -> Matrix:
-    """The covariance of the observations: of sampling, from the influences, and of the surface not being quadratic."""
-    m = len(samples)
-    per_image = np.zeros((m, m))
-    for i in range(m):
-        for j in range(i, m):
-            one, other = samples[i].influence, samples[j].influence
-            if one is None or other is None:
-                continue
-            common = min(len(one), len(other))
-            if common > 1:
-                both = np.cov(one[:common].astype(np.float64), other[:common].astype(np.float64))
-                per_image[i, j] = per_image[j, i] = BLOCK * both[0, 1]
-    values, vectors = np.linalg.eigh(
-        per_image
-    )  # entries from different numbers of blocks: not quite a covariance
-    per_image = (vectors * values.clip(min=0)) @ vectors.T
-    least = {n: min(value for (_, k), value in zip(observed, y, strict=True) if k == n) for _, n in observed}
-    rise = np.zeros(m)
-    for (i, n), value in zip(observed, y, strict=True):
-        rise[i] = max(rise[i], value - least[n])
-    misfit = _MISFIT * rise + _FLOOR * np.abs(y).min()
-    noise = np.zeros((len(observed), len(observed)))
-    for a, (i, n) in enumerate(observed):
-        for b, (j, k) in enumerate(observed):
-            noise[a, b] = per_image[i, j] / max(n, k) + (misfit[i] ** 2 if i == j else 0.0)
-    return noise + np.diag(np.full(len(observed), (_FLOOR * np.abs(y).min()) ** 2))
+def _noise(samples: Sequence[Sample], observed: Sequence[tuple[int, int]], misfit: Vector, floor: float) -> Matrix:
+    """The covariance of the observations: of sampling, from the influences, and of the surface not being quadratic,
+    which is the same at all rungs of a trial."""
+    per_image = BLOCK * _covariance([sample.influence for sample in samples])
+    which = np.array([i for i, _ in observed])
+    images = np.array([n for _, n in observed])
+    noise = per_image[np.ix_(which, which)] / np.maximum.outer(images, images)
+    noise += np.where(which[:, None] == which, misfit**2 + floor**2, 0.0)
+    return noise + np.eye(len(observed)) * floor**2
 
 
-def _solve(design: Matrix, noise: Matrix, y: Vector, prior: Vector) -> tuple[Vector | None, Matrix | None]:
-    """Coefficients and their covariance, with independent Gaussian priors of mean 0 and precision `prior`."""
+def _covariance(influences: Sequence[Influence | None]) -> Matrix:
+    """Of the block means of every two trials, over the blocks that both have; 0 where there are none."""
+    m = len(influences)
+    found = np.zeros((m, m))
+    lengths = np.array([0 if influence is None else len(influence) for influence in influences])
+    shorter = np.minimum.outer(lengths, lengths)
+    for length in sorted(set(lengths[lengths > 1])):
+        long = [i for i in range(m) if lengths[i] >= length]
+        both = np.atleast_2d(np.cov([influences[i][:length].astype(np.float64) for i in long]))
+        here = np.ix_(long, long)
+        found[here] = np.where(shorter[here] == length, both, found[here])
+    values, vectors = np.linalg.eigh(found)  # from different numbers of blocks: not quite a covariance
+    return (vectors * values.clip(min=0)) @ vectors.T
+
+
+def _solve(
+    design: Matrix, noise: Matrix, y: Vector, expected: Vector, spread: Vector
+) -> tuple[Vector | None, Matrix | None]:
+    """Coefficients and their covariance, with independent Gaussian priors (infinite spread: none)."""
     try:
         whitened = np.linalg.solve(noise, np.column_stack([design, y]))
-        precision = design.T @ whitened[:, :-1] + np.diag(prior)
+        precision = design.T @ whitened[:, :-1] + np.diag(spread**-2.0)
         covariance = np.linalg.inv(precision)
     except np.linalg.LinAlgError:
         return None, None
-    if not np.isfinite(covariance).all() or np.linalg.cond(precision) > 1e14:
+    beta = covariance @ (design.T @ whitened[:, -1] + expected * spread**-2.0)
+    if not np.isfinite(beta).all() or (np.diag(covariance) < 0).any():
         return None, None
-    return covariance @ (design.T @ whitened[:, -1]), covariance
-
-
-def _unpacked(theta: Vector, p: int, pairs: Sequence[tuple[int, int]]) -> tuple[Vector, Matrix]:
-    curve = np.zeros((p, p))
-    for value, (a, b) in zip(theta[p:], pairs, strict=True):
-        curve[a, b] = curve[b, a] = value if a == b else value / 2
-    return theta[:p], curve
+    return beta, covariance
 
 
 def _minimum(slope: Vector, curve: Matrix, low: Vector, high: Vector) -> tuple[Vector, tuple[int, ...]]:
