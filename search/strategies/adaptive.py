@@ -28,17 +28,17 @@ from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Se
 from search.strategies.surface import Sample, Surface, Vector, fit
 
 _LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
-_CLEAR = 4.0  # coordinates are moved for a gain of so many times what noise alone would give
+_CLEAR = 2.0  # coordinates are moved for a gain of so many times what noise alone would give
 _REACH = 3.0  # of the window's half width: how far a fitted minimum is believed
-_RADIUS = 0.5  # of the steps of a round, in half widths
-_SHARE = 0.25
+_STEP = 0.5  # of the steps of a round, in half widths
+_SHARE = 0.3
 _ROUNDS = 4
 _SLACK = 2.0
-_SAME = 0.25
+_SAME = 0.3
 _MOVED = 1.0  # of a half width: a minimum so far from the corners wants new ones
 _GRID = 250
-_POLISH = 1
-_NEAR = 0.25
+_WORTHWHILE = 1.2
+_RESERVE = 0
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
 
 
@@ -68,6 +68,7 @@ class _Known:
     rung: int
     points: Mapping[Setting, Sequence[Point]]
     samples: dict[Setting, Sample] = field(default_factory=dict)
+    asked: dict[Setting, set[int]] = field(default_factory=dict)
     images: int = 0
 
     def value(self, candidate: Candidate, images: int) -> float | None:
@@ -75,9 +76,12 @@ class _Known:
         ended = self.points.get(candidate.setting, ())
         value = min((point.at(images) for point in ended), default=math.inf)
         if value < math.inf:
+            self.asked.setdefault(candidate.setting, set()).add(images)
             return value
         tried = [point for point in ended if point.state == "failed" or point.images >= images]
-        return math.inf if tried or len(ended) >= _TRIES else None
+        earlier = self.asked.setdefault(candidate.setting, set()) - {images}
+        self.asked[candidate.setting].add(images)
+        return math.inf if tried or len(ended) - len(earlier) >= _TRIES else None
 
     def use(self, candidate: Candidate, position: Vector, images: int) -> None:
         """Enter what was measured up to so many images among the samples of the surface."""
@@ -191,49 +195,58 @@ class AdaptiveStrategy:
         return None
 
     def _refine(self, known: _Known, centre: Vector, widths: Vector) -> _Plan:
-        """Rounds: the minimum so far and one step from it along each coordinate, on more images."""
+        """Rounds on more and more images: a base, and a partner of it along each coordinate.
+
+        Base and partner tell the slope half way between them, where no curvature has to be known. So a partner is
+        kept, and goes on with more images, while the minimum stays about half way; else it is mirrored at the minimum.
+        """
         size = len(self.axes) + 1
         surface = self._fit(known, centre, widths)
-        images, around = self.rung, None
+        if surface is None:
+            return self._end(known, None, centre, widths)
+        base = centre = self._believed(surface, centre, widths)
+        steps = np.array([_STEP if a.high - x >= x - a.low else -_STEP for a, x in zip(self.axes, base, strict=True)])
+        images, far, changed = self.rung, True, True
         middle = _gridded(int(_SHARE * (self.budget - known.images)) // size)
-        for turn in range(_ROUNDS):
-            if surface is None or self._need(known, surface) <= 1:
+        for _ in range(_ROUNDS):
+            need = self._need(known, surface)
+            if need <= 1:
                 break
-            at = self._believed(surface, centre, widths)
-            moved = around is None or (np.abs(at - around) > _SAME * widths).any()
-            far = around is None or (np.abs(at - around) > _MOVED * widths).any()
-            last = (not far and images > self.rung) or turn == _ROUNDS - 1
-            around = at if moved else around
-            corners = self._corners(around, widths)
-            left = self.budget - known.images + (0 if moved else images * size)
-            count = _gridded(min(self.images, left // (size + _POLISH)))
-            if not last and images < middle < count / 1.5:
-                count = middle
-            if count <= images:
+            positions = [base, *(self._partner(base, a, steps, widths) for a in range(len(steps)))]
+            kept = sum(self._images(known, position) for position in positions)
+            count = (self.budget - known.images + kept) // (size + (_RESERVE if images <= middle else 0))
+            count = _gridded(min(count, self.images, math.ceil(images * need)))
+            if far and middle < count / _WORTHWHILE and images <= middle:
+                count = max(middle, images)
+            if count < images or (not changed and count < _WORTHWHILE * images):
                 break
-            wanted = self._measured(known, corners, count)
+            wanted = self._measured(known, positions, count)
             if wanted:
                 return _Plan(wanted)
-            images = count if count > middle else self.rung + 1
-            centre = around
+            images = count
             surface = self._fit(known, centre, widths) or surface
-            if last:
-                break
-        for _ in range(_POLISH):
-            if surface is None or images <= middle or self._need(known, surface) <= 1:
-                break
-            at = self._believed(surface, centre, widths)
-            near = [s for s in known.samples.values() if images in s.rungs]
-            if any((np.abs(s.position - at) <= _NEAR * widths).all() for s in near):
-                break
-            if self.budget - known.images < images:
-                break
-            wanted = self._measured(known, [at], images)
-            if wanted:
-                return _Plan(wanted)
-            surface = self._fit(known, at, widths) or surface
-            centre = at
+            centre = self._believed(surface, centre, widths)
+            away = (centre - base) / widths
+            far = bool((np.abs(away) > _MOVED).any())
+            if far:
+                base = centre
+            else:
+                off = np.abs(away - steps / 2) > _SAME
+                mirrored = np.sign(away) * np.clip(np.abs(2 * away), _STEP, 2)
+                steps = np.where(off, mirrored, steps)
+            changed = far or bool(off.any())
         return self._end(known, surface, centre, widths)
+
+    def _partner(self, base: Vector, a: int, steps: Vector, widths: Vector) -> Vector:
+        position = base.copy()
+        position[a] += steps[a] * widths[a]
+        return self._rounded(position, widths)
+
+    def _images(self, known: _Known, position: Vector) -> int:
+        """On how many images a position was measured."""
+        candidate = self._candidate("refine", position, self.rung)
+        sample = None if candidate is None else known.samples.get(candidate.setting)
+        return 0 if sample is None else max(sample.rungs)
 
     def _need(self, known: _Known, surface: Surface) -> float:
         """How many times the images the expected loss is worth."""
@@ -279,15 +292,6 @@ class AdaptiveStrategy:
         return _Plan(finalists=tuple(c for c in finalists if c is not None), loss=surface.regret)
 
     # ---- coordinates
-
-    def _corners(self, at: Vector, widths: Vector) -> list[Vector]:
-        """The position and one step from it along each coordinate, to the side where there is more room."""
-        corners = [at]
-        for a, axis in enumerate(self.axes):
-            position = at.copy()
-            position[a] += _RADIUS * widths[a] * (1 if axis.high - at[a] >= at[a] - axis.low else -1)
-            corners.append(self._rounded(position, widths))
-        return corners
 
     def _fit(self, known: _Known, centre: Vector, widths: Vector) -> Surface | None:
         return fit(tuple(known.samples.values()), centre.copy(), widths, *self._bounds())

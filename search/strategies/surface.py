@@ -25,10 +25,9 @@ Matrix = NDArray[np.float64]
 # What is expected of a curve before it is measured, in half widths and shares of RISE of the least distance:
 _CURVE = 0.7  # a second derivative is what the widths say, give or take this share
 _CROSS = 0.3  # a mixed one is 0, give or take
-_CUBIC = 0.4  # a cubic coefficient is 0, give or take
 _LEAST = 0.2  # no curvature is believed to be less than this
-_MISFIT = 0.1
-_ORDER = 2
+_MISFIT = 0.4
+_ORDER = 1.5
 _FLOOR = 3e-3
 _FITS = 3
 
@@ -81,8 +80,9 @@ def fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, 
     the minimum, which is found by fitting again around the one found before.
     """
     found = None
+    per_image = BLOCK * _covariance([sample.influence for sample in samples])
     for _ in range(_FITS):
-        next_one = _fit(samples, centre, widths, low, high)
+        next_one = _fit(samples, per_image, centre, widths, low, high)
         if next_one is None:
             break
         found = next_one
@@ -93,7 +93,9 @@ def fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, 
     return found
 
 
-def _fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector) -> Surface | None:
+def _fit(
+    samples: Sequence[Sample], per_image: Matrix, centre: Vector, widths: Vector, low: Vector, high: Vector
+) -> Surface | None:
     p = len(centre)
     observed = [(i, n) for i, sample in enumerate(samples) for n in sample.rungs]
     counts = Counter(n for _, n in observed)
@@ -109,20 +111,18 @@ def _fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector,
             *(np.array([float(n == rung) for _, n in observed]) for rung in rungs),
             u,
             u[:, rows] * u[:, columns],
-            u**3,
         ]
     )
     rise = max(RISE * float(np.abs(y).min()), 1e-12)
     pure = rows == columns
-    expected = np.concatenate([np.zeros(len(rungs) + p), rise * pure, np.zeros(p)])
+    expected = np.concatenate([np.zeros(len(rungs) + p), rise * pure])
     spread = np.concatenate(
         [
             np.full(len(rungs) + p, np.inf),
             np.where(pure, _CURVE, 2 * _CROSS) * rise,  # u_a·u_b has the coefficient 2·H_ab
-            np.full(p, _CUBIC * rise),
         ]
     )
-    beta, covariance = _solve(design, _noise(samples, observed, _MISFIT * rise * (u**2).sum(1) ** _ORDER, _FLOOR * rise), y, expected, spread)
+    beta, covariance = _solve(design, _noise(per_image, observed, _MISFIT * rise * (u**2).sum(1) ** _ORDER, _FLOOR * rise), y, expected, spread)
     if beta is None or covariance is None:
         return None
     known = slice(len(rungs), len(rungs) + p + len(rows))
@@ -154,10 +154,9 @@ def _fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector,
     )
 
 
-def _noise(samples: Sequence[Sample], observed: Sequence[tuple[int, int]], misfit: Vector, floor: float) -> Matrix:
+def _noise(per_image: Matrix, observed: Sequence[tuple[int, int]], misfit: Vector, floor: float) -> Matrix:
     """The covariance of the observations: of sampling, from the influences, and of the surface not being quadratic,
     which is the same at all rungs of a trial."""
-    per_image = BLOCK * _covariance([sample.influence for sample in samples])
     which = np.array([i for i, _ in observed])
     images = np.array([n for _, n in observed])
     noise = per_image[np.ix_(which, which)] / np.maximum.outer(images, images)
