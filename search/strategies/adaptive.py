@@ -30,10 +30,11 @@ from search.strategies.surface import Sample, Surface, Vector, fit
 _LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
 _CLEAR = 2.0  # coordinates are moved for a gain of so many times what noise alone would give
 _REACH = 3.0  # of the window's half width: how far a fitted minimum is believed
-_STEP = 0.5  # of the steps of a round, in half widths
+_STEP = 0.3  # of the steps of a round, in half widths
 _SHARE = 0.3
 _ROUNDS = 4
 _SLACK = 2.0
+_REBASE = 0.5
 _SAME = 0.3
 _MOVED = 1.0  # of a half width: a minimum so far from the corners wants new ones
 _GRID = 250
@@ -228,8 +229,9 @@ class AdaptiveStrategy:
             centre = self._believed(surface, centre, widths)
             away = (centre - base) / widths
             far = bool((np.abs(away) > _MOVED).any())
-            if far:
+            if (np.abs(away) > _REBASE).any():
                 base = centre
+                off = np.array([True])
             else:
                 off = np.abs(away - steps / 2) > _SAME
                 mirrored = np.sign(away) * np.clip(np.abs(2 * away), _STEP, 2)

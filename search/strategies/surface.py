@@ -24,7 +24,7 @@ Matrix = NDArray[np.float64]
 
 # What is expected of a curve before it is measured, in half widths and shares of RISE of the least distance:
 _CURVE = 0.7  # a second derivative is what the widths say, give or take this share
-_CROSS = 0.3  # a mixed one is 0, give or take
+_CROSS = 0.5  # a mixed one is 0, give or take
 _LEAST = 0.2  # no curvature is believed to be less than this
 _MISFIT = 0.4
 _ORDER = 1.5
