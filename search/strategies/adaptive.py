@@ -2,12 +2,13 @@
 
 Three stages, each a function of what the ones before it measured:
 
-1. Along each coordinate in turn (the mean λ, k, …) a line is explored at the first rung, until the best value lies
-   in a window where the distance is a parabola (`line`).
+1. Along the mean λ, then k, then the options of the solver, a line is explored at the first rung (`line`).
 2. A quadratic surface is fitted to all of it, with the noise that the trials share (`surface`). It says where the
    minimum is and how much distance is lost, in expectation, because that is not known better.
-3. While that loss is noticeable and the budget lasts, the corners of a simplex around the minimum are measured on
-   as many more images as it takes, and the surface is fitted again.
+3. Rounds on more and more images, while that loss is noticeable and the budget lasts: a base near the minimum, and a
+   partner of it along each coordinate. Under common random numbers a distance errs smoothly, so more points tell no
+   more about a slope than two, and more images do. Half way between base and partner the slope is known whatever the
+   curvature, which is the least certain of all: partners are put so that the minimum lies there.
 
 The stride is as fine as the noise allows: the answer is a minimum of the surface, and not one of the points.
 
@@ -27,20 +28,26 @@ from search.strategies import line
 from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step, bend_basis
 from search.strategies.surface import Sample, Surface, Vector, fit
 
-_LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
+_LOSS = 5e-4  # of the distance: an expected loss that is not worth more images
 _CLEAR = 2.0  # coordinates are moved for a gain of so many times what noise alone would give
 _REACH = 3.0  # of the window's half width: how far a fitted minimum is believed
-_STEP = 0.3  # of the steps of a round, in half widths
-_SHARE = 0.3
-_ROUNDS = 4
-_SLACK = 2.0
-_REBASE = 0.5
-_SAME = 0.3
-_MOVED = 1.0  # of a half width: a minimum so far from the corners wants new ones
-_GRID = 250
-_WORTHWHILE = 1.2
-_RESERVE = 0
+_ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
+_SHARE = 0.3  # of what the exploration left, for the middle round
+_STEP = 0.3  # from base to partner, in half widths, at least
+_MIRRORED = 2.0  # the same, at most
+_SAME = 0.3  # of a half width: a partner stays if the minimum is so near to half way
+_REBASE = 0.5  # of a half width: a base farther from the minimum is left
+_FAR = 1.0  # the same, for another round on as many images
+_WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
+_GRID = 250  # image counts of rounds are multiples of this
+_BENT = 2.0  # half widths of k and bends, in root mean squares of λ, over that of the mean: the paper's tables of k
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
+
+
+def usual_budget(images: int, axes: int) -> int:
+    """Images for a search over so many axes, of at most `images` each: what base and partners take on nearly as many,
+    and the exploration."""
+    return round(1.1 * images * (axes + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +81,32 @@ class _Known:
 
     def value(self, candidate: Candidate, images: int) -> float | None:
         """The candidate's distance at so many images; +inf: there is none; None: it has to be measured."""
+        earlier = self.asked.setdefault(candidate.setting, set())
+        before = len(earlier - {images})
+        earlier.add(images)
         ended = self.points.get(candidate.setting, ())
-        value = min((point.at(images) for point in ended), default=math.inf)
-        if value < math.inf:
-            self.asked.setdefault(candidate.setting, set()).add(images)
-            return value
-        tried = [point for point in ended if point.state == "failed" or point.images >= images]
-        earlier = self.asked.setdefault(candidate.setting, set()) - {images}
-        self.asked[candidate.setting].add(images)
-        return math.inf if tried or len(ended) - len(earlier) >= _TRIES else None
+        if (point := _first(ended, images)) is not None:
+            return point.at(images)
+        hopeless = any(point.state == "failed" or point.images >= images for point in ended)
+        return math.inf if hopeless or len(ended) - before >= _TRIES else None
 
     def use(self, candidate: Candidate, position: Vector, images: int) -> None:
-        """Enter what was measured up to so many images among the samples of the surface."""
-        ended = [p for p in self.points[candidate.setting] if p.at(images) < math.inf]
-        if not ended:
+        """Enter what was measured on so many images among the samples of the surface."""
+        point = _first(self.points[candidate.setting], images)
+        if point is None:
             return
-        best = min(ended, key=lambda p: p.at(images))
         before = self.samples.get(candidate.setting)
-        self.images += images - (max(before.rungs) if before else 0)
-        wanted = {self.rung, images} | (set(before.rungs) if before else set())
-        rungs = {n: best.at(n) for n in sorted(wanted) if best.at(n) < math.inf}
-        self.samples[candidate.setting] = Sample(position, rungs, best.influence)
+        rungs = dict(before.rungs) if before else {}
+        self.images += max(images - max(rungs, default=0), 0)
+        rungs[images] = point.at(images)
+        longest = before.influence if before and max(rungs) > images else point.influence
+        self.samples[candidate.setting] = Sample(position, rungs, longest)
+
+
+def _first(points: Sequence[Point], images: int) -> Point | None:
+    """The point that was the first to measure so many images: what later ones add must not change what was decided."""
+    measured = [point for point in points if point.at(images) < math.inf]
+    return min(measured, key=lambda p: (p.images, p.at(images), p.influence is None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +173,8 @@ class AdaptiveStrategy:
             wanted = self._explore(known, a, centre, widths)
             if wanted is not None:
                 return _Plan((wanted,))
+        if not known.samples:
+            return _Plan()
         return self._refine(known, centre, widths)
 
     def _explore(self, known: _Known, a: int, centre: Vector, widths: Vector) -> Candidate | None:
@@ -168,6 +182,8 @@ class AdaptiveStrategy:
         axis = self.axes[a]
         step = self._step(axis, widths)
         widths[a] = abs(step)
+        if axis.name.startswith("bend"):
+            return None  # a line of few images shows less of it than what is expected of the surface
         ask = line.ask if axis.step is not None else line.bracket
         values = {}
         for sample in known.samples.values():
@@ -182,6 +198,8 @@ class AdaptiveStrategy:
             candidate = self._candidate(_phase(axis.name), position, self.rung)
             value = math.inf if candidate is None else known.value(candidate, self.rung)
             if value is None:
+                if known.images + self.rung > self.budget:
+                    break
                 return candidate
             values[x] = value
             if candidate is not None and value < math.inf:
@@ -196,53 +214,53 @@ class AdaptiveStrategy:
         return None
 
     def _refine(self, known: _Known, centre: Vector, widths: Vector) -> _Plan:
-        """Rounds on more and more images: a base, and a partner of it along each coordinate.
-
-        Base and partner tell the slope half way between them, where no curvature has to be known. So a partner is
-        kept, and goes on with more images, while the minimum stays about half way; else it is mirrored at the minimum.
-        """
-        size = len(self.axes) + 1
+        """The rounds. Partners that stay go on with more images, which costs only those."""
         surface = self._fit(known, centre, widths)
         if surface is None:
             return self._end(known, None, centre, widths)
-        base = centre = self._believed(surface, centre, widths)
-        steps = np.array([_STEP if a.high - x >= x - a.low else -_STEP for a, x in zip(self.axes, base, strict=True)])
-        images, far, changed = self.rung, True, True
-        middle = _gridded(int(_SHARE * (self.budget - known.images)) // size)
+        at = base = self._believed(surface, centre, widths)
+        steps = np.full(len(at), _STEP)
+        images = self.rung
+        middle = int(_SHARE * (self.budget - known.images)) // (len(at) + 1)
+        far = moved = True
         for _ in range(_ROUNDS):
-            need = self._need(known, surface)
-            if need <= 1:
-                break
-            positions = [base, *(self._partner(base, a, steps, widths) for a in range(len(steps)))]
-            kept = sum(self._images(known, position) for position in positions)
-            count = (self.budget - known.images + kept) // (size + (_RESERVE if images <= middle else 0))
-            count = _gridded(min(count, self.images, math.ceil(images * need)))
-            if far and middle < count / _WORTHWHILE and images <= middle:
-                count = max(middle, images)
-            if count < images or (not changed and count < _WORTHWHILE * images):
+            positions = self._around(base, steps, widths)
+            reused = sum(self._images(known, position) for position in positions)
+            affordable = (self.budget - known.images + reused) // len(positions)
+            count = _gridded(min(self.images, affordable, math.ceil(images * self._need(known, surface))))
+            if far and images <= middle < count / _WORTHWHILE:
+                count = max(_gridded(middle), images)
+            if count <= self.rung or count < images * (1 if moved else _WORTHWHILE):
                 break
             wanted = self._measured(known, positions, count)
             if wanted:
                 return _Plan(wanted)
             images = count
-            surface = self._fit(known, centre, widths) or surface
-            centre = self._believed(surface, centre, widths)
-            away = (centre - base) / widths
-            far = bool((np.abs(away) > _MOVED).any())
+            surface = self._fit(known, at, widths) or surface
+            at = self._believed(surface, at, widths)
+            away = (at - base) / widths
+            far = bool((np.abs(away) > _FAR).any())
+            off = np.abs(away - steps / 2) > _SAME
+            moved = bool(off.any())
             if (np.abs(away) > _REBASE).any():
-                base = centre
-                off = np.array([True])
+                base, moved = at, True
+                steps = np.full(len(at), _STEP)
             else:
-                off = np.abs(away - steps / 2) > _SAME
-                mirrored = np.sign(away) * np.clip(np.abs(2 * away), _STEP, 2)
-                steps = np.where(off, mirrored, steps)
-            changed = far or bool(off.any())
-        return self._end(known, surface, centre, widths)
+                steps = np.where(off, np.sign(away) * np.clip(np.abs(2 * away), _STEP, _MIRRORED), steps)
+        return self._end(known, surface, at, widths)
 
-    def _partner(self, base: Vector, a: int, steps: Vector, widths: Vector) -> Vector:
-        position = base.copy()
-        position[a] += steps[a] * widths[a]
-        return self._rounded(position, widths)
+    def _around(self, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
+        """The base, and its partner along each coordinate that has room for one."""
+        positions = [base]
+        for a, axis in enumerate(self.axes):
+            for step in (steps[a], -steps[a]):
+                position = base.copy()
+                position[a] = min(max(base[a] + step * widths[a], axis.low), axis.high)
+                position = self._rounded(position, widths)
+                if abs(position[a] - base[a]) > 0.5 * _STEP * widths[a]:
+                    positions.append(position)
+                    break
+        return positions
 
     def _images(self, known: _Known, position: Vector) -> int:
         """On how many images a position was measured."""
@@ -271,27 +289,28 @@ class AdaptiveStrategy:
 
     def _end(self, known: _Known, surface: Surface | None, centre: Vector, widths: Vector) -> _Plan:
         """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it."""
-        if not known.samples:
-            return _Plan()
-        if surface is None:
-            only = self._candidate("final", centre, self.rung)
-            return _Plan(finalists=() if only is None else (only,))
         names = [axis.name for axis in self.axes]
         sizes = sorted({names.index(name) + 1 for name in ("mean", "k") if name in names} | {len(names)})
         found: list[Vector] = []
-        for size in sizes:
+        if surface is None:
+            found.append(centre)
+            sizes = []
+        for before, size in zip([0, *sizes], sizes, strict=False):
             low, high = self._bounds()
             for a, axis in enumerate(self.axes[size:], size):
                 low[a] = high[a] = axis.start
             at = self._rounded(_clipped(surface.least(low, high), centre, widths, low, high), widths)
             if found:
                 gain = surface.value(found[-1]) - surface.value(at)
-                noise = surface.regret * (size - sizes[sizes.index(size) - 1]) / len(self.axes)
-                if gain <= _CLEAR * noise:
+                if gain <= _CLEAR * surface.regret * (size - before) / len(self.axes):
                     continue
             found.append(at)
         finalists = [self._candidate("final", at, self.rung) for at in reversed(found)]
-        return _Plan(finalists=tuple(c for c in finalists if c is not None), loss=surface.regret)
+        unscaled = Candidate("baseline", 1, 0).setting
+        return _Plan(
+            finalists=tuple(c for c in finalists if c is not None and c.setting != unscaled),
+            loss=None if surface is None else surface.regret,
+        )
 
     # ---- coordinates
 
@@ -315,7 +334,9 @@ class AdaptiveStrategy:
             return axis.step
         t = np.arange(self.nfe) - (self.nfe - 1) / 2
         shape = t if axis.name == "k" else bend_basis(self.nfe)[int(axis.name[4:]) - 2]
-        return float(_SLACK * widths[0] / math.sqrt(np.mean(shape**2)))
+        size = math.sqrt(np.mean(shape**2)) or 1.0  # k of one evaluation: it changes nothing
+        step = float(_BENT * widths[0] / size)
+        return line.rounded(step, step)
 
     def _position(self, candidate: Candidate) -> Vector:
         bends = {f"bend{j + 2}": c for j, c in enumerate(candidate.bends)}

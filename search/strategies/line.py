@@ -37,7 +37,9 @@ def window(values: Mapping[float, float]) -> tuple[float, float] | None:
     return vertex, math.sqrt(RISE * max(abs(values[best]), 1e-12) / curve)
 
 
-def bracket(values: Mapping[float, float], start: float, step: float, low: float, high: float) -> float | None:
+def bracket(
+    values: Mapping[float, float], start: float, step: float, low: float, high: float
+) -> float | None:
     """Where to measure next, inside [low, high] and new; None when the window is known, or the line is exhausted.
 
     values: position → distance, +inf where there is none; it holds `start`. step: the first one, signed by where the

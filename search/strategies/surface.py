@@ -70,7 +70,9 @@ class Surface:
         return self.centre + away
 
 
-def fit(samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector) -> Surface | None:
+def fit(
+    samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector
+) -> Surface | None:
     """The surface through the samples; None where they do not determine one with a minimum.
 
     centre: about where the minimum is. widths [p]: how far from there along each coordinate the distance has risen
@@ -122,7 +124,13 @@ def _fit(
             np.where(pure, _CURVE, 2 * _CROSS) * rise,  # u_a·u_b has the coefficient 2·H_ab
         ]
     )
-    beta, covariance = _solve(design, _noise(per_image, observed, _MISFIT * rise * (u**2).sum(1) ** _ORDER, _FLOOR * rise), y, expected, spread)
+    beta, covariance = _solve(
+        design,
+        _noise(per_image, observed, _MISFIT * rise * (u**2).sum(1) ** _ORDER, _FLOOR * rise),
+        y,
+        expected,
+        spread,
+    )
     if beta is None or covariance is None:
         return None
     known = slice(len(rungs), len(rungs) + p + len(rows))
