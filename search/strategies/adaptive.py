@@ -29,15 +29,15 @@ from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Se
 from search.strategies.surface import Sample, Surface, Vector, fit
 
 _LOSS = 5e-4  # of the distance: an expected loss that is not worth more images
-_CLEAR = 2.0  # coordinates are moved for a gain of so many times what noise alone would give
-_REACH = 3.0  # of the window's half width: how far a fitted minimum is believed
+_CLEAR = 1.0  # coordinates are moved for a gain of more than so many times the loss that they add
+_REACH = 1.0  # of the half width: how far from where it was expected a fitted minimum is believed
 _ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
 _SHARE = 0.3  # of what the exploration left, for the middle round
 _STEP = 0.3  # from base to partner, in half widths, at least
 _MIRRORED = 2.0  # the same, at most
 _SAME = 0.3  # of a half width: a partner stays if the minimum is so near to half way
-_REBASE = 0.5  # of a half width: a base farther from the minimum is left
-_FAR = 1.0  # the same, for another round on as many images
+_REBASE = 0.4  # of a half width: a base farther from the minimum is left
+_FAR = 0.8  # the same, for another round on as many images
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
 _GRID = 250  # image counts of rounds are multiples of this
 _BENT = 2.0  # half widths of k and bends, in root mean squares of λ, over that of the mean: the paper's tables of k
@@ -217,7 +217,7 @@ class AdaptiveStrategy:
         """The rounds. Partners that stay go on with more images, which costs only those."""
         surface = self._fit(known, centre, widths)
         if surface is None:
-            return self._end(known, None, centre, widths)
+            return self._end(known, None, centre, centre, widths)
         at = base = self._believed(surface, centre, widths)
         steps = np.full(len(at), _STEP)
         images = self.rung
@@ -239,15 +239,16 @@ class AdaptiveStrategy:
             surface = self._fit(known, at, widths) or surface
             at = self._believed(surface, at, widths)
             away = (at - base) / widths
-            far = bool((np.abs(away) > _FAR).any())
+            distance = math.sqrt(np.mean(away**2))
+            far = distance > _FAR
             off = np.abs(away - steps / 2) > _SAME
             moved = bool(off.any())
-            if (np.abs(away) > _REBASE).any():
+            if distance > _REBASE:
                 base, moved = at, True
                 steps = np.full(len(at), _STEP)
             else:
                 steps = np.where(off, np.sign(away) * np.clip(np.abs(2 * away), _STEP, _MIRRORED), steps)
-        return self._end(known, surface, at, widths)
+        return self._end(known, surface, at, centre, widths)
 
     def _around(self, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
         """The base, and its partner along each coordinate that has room for one."""
@@ -287,30 +288,39 @@ class AdaptiveStrategy:
                 known.use(candidate, self._position(candidate), images)
         return tuple(wanted)
 
-    def _end(self, known: _Known, surface: Surface | None, centre: Vector, widths: Vector) -> _Plan:
-        """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it."""
+    def _end(
+        self, known: _Known, surface: Surface | None, at: Vector, explored: Vector, widths: Vector
+    ) -> _Plan:
+        """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it.
+
+        at: about where the first is. explored: where the lines led to, from which the others are not far.
+        """
+        if surface is None:
+            return _Plan(finalists=self._finalists([explored]))
         names = [axis.name for axis in self.axes]
         sizes = sorted({names.index(name) + 1 for name in ("mean", "k") if name in names} | {len(names)})
         found: list[Vector] = []
-        if surface is None:
-            found.append(centre)
-            sizes = []
         for before, size in zip([0, *sizes], sizes, strict=False):
             low, high = self._bounds()
             for a, axis in enumerate(self.axes[size:], size):
                 low[a] = high[a] = axis.start
-            at = self._rounded(_clipped(surface.least(low, high), centre, widths, low, high), widths)
+            if size == len(names):
+                least = self._believed(surface, at, widths)
+            else:
+                near = np.clip(explored, low, high)
+                nearby = fit(tuple(known.samples.values()), near, widths, low, high) or surface
+                least = self._rounded(_clipped(nearby.least(low, high), near, widths, low, high), widths)
             if found:
-                gain = surface.value(found[-1]) - surface.value(at)
-                if gain <= _CLEAR * surface.regret * (size - before) / len(self.axes):
+                gain = surface.value(found[-1]) - surface.value(least)
+                if gain <= _CLEAR * surface.regret * (size - before) / len(names):
                     continue
-            found.append(at)
-        finalists = [self._candidate("final", at, self.rung) for at in reversed(found)]
+            found.append(least)
+        return _Plan(finalists=self._finalists(found[::-1]), loss=surface.regret)
+
+    def _finalists(self, positions: Sequence[Vector]) -> tuple[Candidate, ...]:
+        found = [self._candidate("final", position, self.rung) for position in positions]
         unscaled = Candidate("baseline", 1, 0).setting
-        return _Plan(
-            finalists=tuple(c for c in finalists if c is not None and c.setting != unscaled),
-            loss=None if surface is None else surface.regret,
-        )
+        return tuple(c for c in found if c is not None and c.setting != unscaled)
 
     # ---- coordinates
 

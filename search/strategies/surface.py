@@ -9,6 +9,7 @@ Knows nothing of what the coordinates mean or which point is tried next.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
 # What is expected of a curve before it is measured, in half widths and shares of RISE of the least distance:
+_SLOPE = 4.0  # a slope is 0, give or take: the minimum is within two half widths
 _CURVE = 0.7  # a second derivative is what the widths say, give or take this share
 _CROSS = 0.5  # a mixed one is 0, give or take
 _LEAST = 0.2  # no curvature is believed to be less than this
-_MISFIT = 0.4
-_ORDER = 1.5
-_FLOOR = 3e-3
+_CUBIC = 0.3  # a cubic term along a coordinate is 0, give or take
+_BEYOND = 0.4  # and what is left, as the fourth power
+_FLOOR = 3e-3  # and near the minimum
 _FITS = 3
 
 
@@ -120,17 +122,13 @@ def _fit(
     expected = np.concatenate([np.zeros(len(rungs) + p), rise * pure])
     spread = np.concatenate(
         [
-            np.full(len(rungs) + p, np.inf),
-            np.where(pure, _CURVE, 2 * _CROSS) * rise,  # u_a·u_b has the coefficient 2·H_ab
+            np.full(len(rungs), np.inf),
+            np.full(p, _SLOPE * rise),
+            np.where(pure, _CURVE, 2 * _CROSS / math.sqrt(max(p - 1, 1))) * rise,  # u_a·u_b has the coefficient 2·H_ab
         ]
     )
-    beta, covariance = _solve(
-        design,
-        _noise(per_image, observed, _MISFIT * rise * (u**2).sum(1) ** _ORDER, _FLOOR * rise),
-        y,
-        expected,
-        spread,
-    )
+    noise = _noise(per_image, observed, u, rise)
+    beta, covariance = _solve(design, noise, y, expected, spread)
     if beta is None or covariance is None:
         return None
     known = slice(len(rungs), len(rungs) + p + len(rows))
@@ -162,14 +160,20 @@ def _fit(
     )
 
 
-def _noise(per_image: Matrix, observed: Sequence[tuple[int, int]], misfit: Vector, floor: float) -> Matrix:
-    """The covariance of the observations: of sampling, from the influences, and of the surface not being quadratic,
-    which is the same at all rungs of a trial."""
+def _noise(per_image: Matrix, observed: Sequence[tuple[int, int]], u: Vector, rise: float) -> Matrix:
+    """The covariance of the observations: of sampling, and of the surface not being quadratic at u [N, p].
+
+    The latter is the same at all rungs of a trial, and that of cubic terms is the same wherever a coordinate is, so
+    the difference of two trials does not suffer from coordinates that they have in common.
+    """
     which = np.array([i for i, _ in observed])
     images = np.array([n for _, n in observed])
     noise = per_image[np.ix_(which, which)] / np.maximum.outer(images, images)
-    noise += np.where(which[:, None] == which, misfit**2 + floor**2, 0.0)
-    return noise + np.eye(len(observed)) * floor**2
+    cubic = (_CUBIC * rise) ** 2 * u**3 @ (u**3).T
+    beyond = (_BEYOND * rise) ** 2 * (u**8).sum(1)
+    floor = (_FLOOR * rise) ** 2
+    same = which[:, None] == which
+    return noise + cubic + np.where(same, beyond + floor, 0.0) + np.eye(len(observed)) * floor
 
 
 def _covariance(influences: Sequence[Influence | None]) -> Matrix:
