@@ -53,7 +53,11 @@ def quadratic_tails(curve: NDArray[np.float64], x: Vector, low: float, high: flo
     inside = np.clip(x, low, high)
     first, second = np.polyder(curve), np.polyder(curve, 2)
     away = x - inside
-    return np.polyval(curve, inside) + np.polyval(first, inside) * away + np.polyval(second, inside) / 2 * away**2
+    return (
+        np.polyval(curve, inside)
+        + np.polyval(first, inside) * away
+        + np.polyval(second, inside) / 2 * away**2
+    )
 
 
 def _powers(x: Vector, low: float, high: float, degree: int) -> Vector:
@@ -190,7 +194,9 @@ def regrets(world: World, outcome: Outcome, axes: int) -> tuple[float, float]:
     if axes == 1:
         mean, k = mean[:, :1], np.zeros_like(mean[:, :1])
     at = np.array(outcome.mean), np.array(outcome.k)
-    return float(world.own(*at) - world.own(mean, k).min()), float(world.true(*at) - world.true(mean, k).min())
+    return float(world.own(*at) - world.own(mean, k).min()), float(
+        world.true(*at) - world.true(mean, k).min()
+    )
 
 
 def through(table: Sequence[tuple[float, float]]) -> Callable[[float], float]:
@@ -222,7 +228,9 @@ def measure(restarts: int) -> dict[str, dict[str, list[float]]]:
                 world = World(recording, seed)
                 outcome = replay(strategy, world)
                 rows.append((outcome.images, *regrets(world, outcome, axes)))
-            found[f"{name}: {kind}"] = dict(zip(("images", "own", "true"), map(list, zip(*rows, strict=True)), strict=True))
+            found[f"{name}: {kind}"] = dict(
+                zip(("images", "own", "true"), map(list, zip(*rows, strict=True)), strict=True)
+            )
     for name, table in PUBLISHED.items():
         fine = name.startswith("EDM")
         curve, best = through(table), min(table, key=lambda row: row[1])
@@ -237,12 +245,16 @@ def measure(restarts: int) -> dict[str, dict[str, list[float]]]:
                 world = World(recording, seed, curve, best[0], half)
                 outcome = replay(strategy, world)
                 rows.append((outcome.images, curve(outcome.mean) - best[1]))
-            found[f"{name}: {kind}"] = dict(zip(("images", "true"), map(list, zip(*rows, strict=True)), strict=True))
+            found[f"{name}: {kind}"] = dict(
+                zip(("images", "true"), map(list, zip(*rows, strict=True)), strict=True)
+            )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--restarts", type=int, default=200, help="random restarts of each search")
     parser.add_argument("--json", action="store_true", help="every restart's numbers as JSON")
     arguments = parser.parse_args()

@@ -28,7 +28,7 @@ from search.strategies import line
 from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step, bend_basis
 from search.strategies.surface import Sample, Surface, Vector, fit
 
-_LOSS = 5e-4  # of the distance: an expected loss that is not worth more images
+_LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
 _CLEAR = 1.0  # coordinates are moved for a gain of more than so many times the loss that they add
 _REACH = 1.0  # of the half width: how far from where it was expected a fitted minimum is believed
 _ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
@@ -41,13 +41,15 @@ _FAR = 0.8  # the same, for another round on as many images
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
 _GRID = 250  # image counts of rounds are multiples of this
 _BENT = 2.0  # half widths of k and bends, in root mean squares of λ, over that of the mean: the paper's tables of k
+_EXPECTED = 0.7  # the curvature along a coordinate is what its half width says, give or take this share
+_WINDOW = 1.0  # the same where the half width is that of a window of few images
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
 
 
 def usual_budget(images: int, axes: int) -> int:
     """Images for a search over so many axes, of at most `images` each: what base and partners take on nearly as many,
     and the exploration."""
-    return round(1.1 * images * (axes + 1))
+    return round(images * (0.7 + 1.3 * axes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +310,7 @@ class AdaptiveStrategy:
                 least = self._believed(surface, at, widths)
             else:
                 near = np.clip(explored, low, high)
-                nearby = fit(tuple(known.samples.values()), near, widths, low, high) or surface
+                nearby = fit(tuple(known.samples.values()), near, widths, low, high, self._doubt) or surface
                 least = self._rounded(_clipped(nearby.least(low, high), near, widths, low, high), widths)
             if found:
                 gain = surface.value(found[-1]) - surface.value(least)
@@ -325,7 +327,11 @@ class AdaptiveStrategy:
     # ---- coordinates
 
     def _fit(self, known: _Known, centre: Vector, widths: Vector) -> Surface | None:
-        return fit(tuple(known.samples.values()), centre.copy(), widths, *self._bounds())
+        return fit(tuple(known.samples.values()), centre.copy(), widths, *self._bounds(), self._doubt)
+
+    @property
+    def _doubt(self) -> Vector:
+        return np.array([_EXPECTED if axis.step is None else _WINDOW for axis in self.axes])
 
     def _bounds(self) -> tuple[Vector, Vector]:
         return np.array([axis.low for axis in self.axes]), np.array([axis.high for axis in self.axes])

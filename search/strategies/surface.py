@@ -25,7 +25,6 @@ Matrix = NDArray[np.float64]
 
 # What is expected of a curve before it is measured, in half widths and shares of RISE of the least distance:
 _SLOPE = 4.0  # a slope is 0, give or take: the minimum is within two half widths
-_CURVE = 0.7  # a second derivative is what the widths say, give or take this share
 _CROSS = 0.5  # a mixed one is 0, give or take
 _LEAST = 0.2  # no curvature is believed to be less than this
 _CUBIC = 0.3  # a cubic term along a coordinate is 0, give or take
@@ -73,12 +72,13 @@ class Surface:
 
 
 def fit(
-    samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector
+    samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector, doubt: Vector
 ) -> Surface | None:
     """The surface through the samples; None where they do not determine one with a minimum.
 
     centre: about where the minimum is. widths [p]: how far from there along each coordinate the distance has risen
-    noticeably; the scale of the problem. low, high [p]: bounds of the minimum, infinite where there are none.
+    noticeably; the scale of the problem, which says how large second derivatives are, give or take the share `doubt`
+    [p]. low, high [p]: bounds of the minimum, infinite where there are none.
 
     Cubic terms along the coordinates take up that curves are steeper on one side; the surface is their expansion at
     the minimum, which is found by fitting again around the one found before.
@@ -86,7 +86,7 @@ def fit(
     found = None
     per_image = BLOCK * _covariance([sample.influence for sample in samples])
     for _ in range(_FITS):
-        next_one = _fit(samples, per_image, centre, widths, low, high)
+        next_one = _fit(samples, per_image, centre, widths, low, high, doubt)
         if next_one is None:
             break
         found = next_one
@@ -98,7 +98,13 @@ def fit(
 
 
 def _fit(
-    samples: Sequence[Sample], per_image: Matrix, centre: Vector, widths: Vector, low: Vector, high: Vector
+    samples: Sequence[Sample],
+    per_image: Matrix,
+    centre: Vector,
+    widths: Vector,
+    low: Vector,
+    high: Vector,
+    doubt: Vector,
 ) -> Surface | None:
     p = len(centre)
     observed = [(i, n) for i, sample in enumerate(samples) for n in sample.rungs]
@@ -124,7 +130,8 @@ def _fit(
         [
             np.full(len(rungs), np.inf),
             np.full(p, _SLOPE * rise),
-            np.where(pure, _CURVE, 2 * _CROSS / math.sqrt(max(p - 1, 1))) * rise,  # u_a·u_b has the coefficient 2·H_ab
+            np.where(pure, doubt[rows], 2 * _CROSS / math.sqrt(max(p - 1, 1)))
+            * rise,  # u_a·u_b has the coefficient 2·H_ab
         ]
     )
     noise = _noise(per_image, observed, u, rise)
