@@ -77,6 +77,8 @@ class _Known:
 
     rung: int
     points: Mapping[Setting, Sequence[Point]]
+    low: Vector
+    high: Vector
     samples: dict[Setting, Sample] = field(default_factory=dict)
     asked: dict[Setting, set[int]] = field(default_factory=dict)
     images: int = 0
@@ -162,7 +164,7 @@ class AdaptiveStrategy:
         for point in history:
             if point.state != "running" and not point.fresh:
                 points.setdefault(point.setting, []).append(point)
-        known = _Known(self.rung, points)
+        known = _Known(self.rung, points, *self._bounds())
         baseline = Candidate("baseline", 1, 0, images=self.rung)
         value = known.value(baseline, self.rung)
         if value is None:
@@ -207,12 +209,13 @@ class AdaptiveStrategy:
             if candidate is not None and value < math.inf:
                 known.use(candidate, self._position(candidate), self.rung)
             x = ask(values, start, step, axis.low, axis.high)
+        known.low[a], known.high[a] = line.finite(values, axis.low, axis.high)
         found = line.window(values) if axis.step is not None else None
         if found is None:
             centre[a] = min(values, key=lambda x: (values[x], abs(x - start)))
         else:
             vertex, widths[a] = found
-            centre[a] = min(max(line.rounded(vertex, widths[a]), axis.low), axis.high)
+            centre[a] = min(max(line.rounded(vertex, widths[a]), known.low[a]), known.high[a])
         return None
 
     def _refine(self, known: _Known, centre: Vector, widths: Vector) -> _Plan:
@@ -220,13 +223,13 @@ class AdaptiveStrategy:
         surface = self._fit(known, centre, widths)
         if surface is None:
             return self._end(known, None, centre, centre, widths)
-        at = base = self._believed(surface, centre, widths)
+        at = base = self._believed(known, surface, centre, widths)
         steps = np.full(len(at), _STEP)
         images = self.rung
         middle = int(_SHARE * (self.budget - known.images)) // (len(at) + 1)
         far = moved = True
         for _ in range(_ROUNDS):
-            positions = self._around(base, steps, widths)
+            positions = self._around(known, base, steps, widths)
             reused = sum(self._images(known, position) for position in positions)
             affordable = (self.budget - known.images + reused) // len(positions)
             count = _gridded(min(self.images, affordable, math.ceil(images * self._need(known, surface))))
@@ -239,7 +242,7 @@ class AdaptiveStrategy:
                 return _Plan(wanted)
             images = count
             surface = self._fit(known, at, widths) or surface
-            at = self._believed(surface, at, widths)
+            at = self._believed(known, surface, at, widths)
             away = (at - base) / widths
             distance = math.sqrt(np.mean(away**2))
             far = distance > _FAR
@@ -252,14 +255,14 @@ class AdaptiveStrategy:
                 steps = np.where(off, np.sign(away) * np.clip(np.abs(2 * away), _STEP, _MIRRORED), steps)
         return self._end(known, surface, at, centre, widths)
 
-    def _around(self, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
+    def _around(self, known: _Known, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
         """The base, and its partner along each coordinate that has room for one."""
         positions = [base]
-        for a, axis in enumerate(self.axes):
+        for a in range(len(base)):
             for step in (steps[a], -steps[a]):
                 position = base.copy()
-                position[a] = min(max(base[a] + step * widths[a], axis.low), axis.high)
-                position = self._rounded(position, widths)
+                position[a] = min(max(base[a] + step * widths[a], known.low[a]), known.high[a])
+                position = self._rounded(known, position, widths)
                 if abs(position[a] - base[a]) > 0.5 * _STEP * widths[a]:
                     positions.append(position)
                     break
@@ -303,15 +306,17 @@ class AdaptiveStrategy:
         sizes = sorted({names.index(name) + 1 for name in ("mean", "k") if name in names} | {len(names)})
         found: list[Vector] = []
         for before, size in zip([0, *sizes], sizes, strict=False):
-            low, high = self._bounds()
+            low, high = known.low.copy(), known.high.copy()
             for a, axis in enumerate(self.axes[size:], size):
                 low[a] = high[a] = axis.start
             if size == len(names):
-                least = self._believed(surface, at, widths)
+                least = self._believed(known, surface, at, widths)
             else:
                 near = np.clip(explored, low, high)
                 nearby = fit(tuple(known.samples.values()), near, widths, low, high, self._doubt) or surface
-                least = self._rounded(_clipped(nearby.least(low, high), near, widths, low, high), widths)
+                least = self._rounded(
+                    known, _clipped(nearby.least(low, high), near, widths, low, high), widths
+                )
             if found:
                 gain = surface.value(found[-1]) - surface.value(least)
                 if gain <= _CLEAR * surface.regret * (size - before) / len(names):
@@ -327,7 +332,7 @@ class AdaptiveStrategy:
     # ---- coordinates
 
     def _fit(self, known: _Known, centre: Vector, widths: Vector) -> Surface | None:
-        return fit(tuple(known.samples.values()), centre.copy(), widths, *self._bounds(), self._doubt)
+        return fit(tuple(known.samples.values()), centre.copy(), widths, known.low, known.high, self._doubt)
 
     @property
     def _doubt(self) -> Vector:
@@ -336,14 +341,13 @@ class AdaptiveStrategy:
     def _bounds(self) -> tuple[Vector, Vector]:
         return np.array([axis.low for axis in self.axes]), np.array([axis.high for axis in self.axes])
 
-    def _believed(self, surface: Surface, centre: Vector, widths: Vector) -> Vector:
-        return self._rounded(_clipped(surface.minimum, centre, widths, *self._bounds()), widths)
+    def _believed(self, known: _Known, surface: Surface, centre: Vector, widths: Vector) -> Vector:
+        return self._rounded(known, _clipped(surface.minimum, centre, widths, known.low, known.high), widths)
 
-    def _rounded(self, position: Vector, widths: Vector) -> Vector:
+    def _rounded(self, known: _Known, position: Vector, widths: Vector) -> Vector:
         """As people write it: a stride of a hundredth of the window or a little more."""
-        low, high = self._bounds()
         rounded = np.array([line.rounded(x, w) for x, w in zip(position, widths, strict=True)])
-        return np.clip(rounded, low, high)
+        return np.clip(rounded, known.low, known.high)
 
     def _step(self, axis: Axis, widths: Vector) -> float:
         if axis.step is not None:

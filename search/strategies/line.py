@@ -89,6 +89,21 @@ def ask(values: Mapping[float, float], start: float, step: float, low: float, hi
     return None
 
 
+def finite(values: Mapping[float, float], low: float, high: float) -> tuple[float, float]:
+    """The part of [low, high] around the best value beyond which a value is not there."""
+    best = _best(values)
+    gone = [x for x in values if not math.isfinite(values[x])]
+    there = [x for x in values if math.isfinite(values[x])] or [best]
+    above, below = (
+        min((x for x in gone if x > best), default=None),
+        max((x for x in gone if x < best), default=None),
+    )
+    return (
+        low if below is None else min(x for x in there if x > below),
+        high if above is None else max(x for x in there if x < above),
+    )
+
+
 def _best(values: Mapping[float, float]) -> float:
     return min(values, key=lambda x: (values[x], abs(x)))
 

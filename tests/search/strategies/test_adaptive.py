@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from benchmarks.search import PUBLISHED, Recording, World, adaptive, paper, regrets, replay, through
 from objectives.paired import BLOCK
 from search.strategies.adaptive import AdaptiveStrategy, Axis, usual_budget
-from search.strategies.base import FINISHED, WAIT, Candidate, Point, Signal
+from search.strategies.base import FINISHED, WAIT, Candidate, Point, Signal, bend_basis
 from search.strategies.paper import PaperStrategy
 
 MEAN = Axis("mean", 1.0, 0.01, 0.9, 1.2)
 K = Axis("k", 0.0, None, -0.02, 0.02)
+
+BEND = Axis("bend2", 0.0, None, -0.3, 0.3)
+ETA = Axis("eta", 1.0, -0.1, 0.0, 1.0)
 
 Distance = Callable[[Candidate], float]
 
@@ -117,7 +120,7 @@ def test_a_published_table_ends_within_its_noise_of_the_best(name: str, noise: f
     history = search(searched, lambda candidate: curve(candidate.mean))
     (found,) = searched.finalists(history)
     assert curve(found.mean) <= best + noise
-    assert sum(point.images for point in history) <= 0.2 * 90_000
+    assert len(history) < 20
 
 
 def test_the_stride_becomes_as_fine_as_edm_needs() -> None:
@@ -138,7 +141,7 @@ def test_recorded_replays_end_at_their_best(shared: Path) -> None:
 
         def distance(candidate: Candidate, curves: dict[int, Callable[[float], float]] = curves) -> float:
             images = candidate.images or 10_000
-            return curves[min(curves, key=lambda n: abs(n - images))](candidate.mean)
+            return curves[max(n for n in curves if n <= max(images, 1000))](candidate.mean)
 
         searched = strategy(MEAN, nfe=nfe)
         found = searched.finalists(search(searched, distance))
@@ -233,8 +236,12 @@ def test_every_list_of_λ_can_be_searched(nfe: int, seconds: float) -> None:
     bends = [Axis(f"bend{j}", 0.0, None, -0.3, 0.3) for j in range(2, nfe)]
     searched = strategy(MEAN, K, *bends, nfe=nfe)
     rng = np.random.default_rng(0)
-    least = 1.02 + np.linspace(-0.015, 0.015, nfe) ** 2 * 40
-    slopes = rng.normal(size=(nfe, 2000)) * math.sqrt(4 * 0.09 * 1000 / BLOCK) / 0.009 / nfe**0.5
+    least = 1.02 + 0.03 * bend_basis(nfe)[0]
+    slopes = rng.normal(size=(nfe, 2000)) * math.sqrt(4 * 0.09 * 1000 / BLOCK / nfe) / 0.018
+
+    def true(away: np.ndarray) -> float:
+        """A change of shape matters a quarter of what the same change of the mean does, as recorded for k."""
+        return 12_000 * float(away.mean() ** 2 + away.var() / 4)
 
     history: list[Point] = []
     slowest = 0.0
@@ -247,8 +254,8 @@ def test_every_list_of_λ_can_be_searched(nfe: int, seconds: float) -> None:
         for candidate in step:
             away = np.array(candidate.schedule(nfe).lambdas) - least
             images = candidate.images or 10_000
-            influence = away @ slopes[:, : images // BLOCK] / nfe**0.5
-            value = 33 + 12_000 * float(away @ away) / nfe + float(influence.mean())
+            influence = away @ slopes[:, : images // BLOCK]
+            value = 33 + true(away) + float(influence.mean())
             history.append(
                 Point(
                     candidate.mean, candidate.k, "complete", value, images, candidate.bends,
@@ -259,13 +266,10 @@ def test_every_list_of_λ_can_be_searched(nfe: int, seconds: float) -> None:
     assert sum(spent.values()) <= usual_budget(10_000, nfe)
     assert slowest < seconds
 
-    def true(candidate: Candidate) -> float:
-        return float(((np.array(candidate.schedule(nfe).lambdas) - least) ** 2).sum()) / nfe * 12_000
-
-    first, *_ = searched.finalists(history)
+    first, *_, uniform = searched.finalists(history)
     assert first.bends
-    line = np.polyval(np.polyfit(np.arange(nfe), least, 1), np.arange(nfe))
-    assert true(first) < 12_000 * ((line - least) ** 2).mean()
+    assert not uniform.bends
+    assert true(np.array(first.schedule(nfe).lambdas) - least) < 0.5 * true(1.02 - least)
 
 
 # ---- properties
@@ -278,9 +282,7 @@ def test_every_list_of_λ_can_be_searched(nfe: int, seconds: float) -> None:
     gone=st.floats(0.8, 1.4),
     rough=st.sampled_from([0.0, 0.1, 3.0]),
     failing=st.sampled_from([0.0, 0.3, 1.0]),
-    axes=st.sampled_from(
-        [(MEAN,), (MEAN, K), (MEAN, K, Axis("bend2", 0.0, None, -0.3, 0.3), Axis("eta", 1.0, -0.1, 0.0, 1.0))]
-    ),
+    axes=st.sampled_from([(MEAN,), (MEAN, K), (MEAN, K, BEND, ETA)]),
 )
 def test_any_history_leads_to_a_legal_step_and_ends(
     seed: int, least: float, gone: float, rough: float, failing: float, axes: tuple[Axis, ...]
@@ -299,17 +301,10 @@ def test_any_history_leads_to_a_legal_step_and_ends(
         for candidate in step[: rng.integers(1, len(step) + 1)]:
             assert min(candidate.schedule(20).lambdas) > 0
             assert all(a.low <= candidate.mean <= a.high for a in axes if a.name == "mean")
-            finished = [
-                p
-                for p in history
-                if p.setting == candidate.setting and math.isfinite(p.at(candidate.images or 0))
-            ]
-            assert not finished
-            value = (
-                30 + 3000 * (candidate.mean - least) ** 2 + rough * rng.normal()
-                if candidate.mean < gone
-                else math.nan
-            )
+            known = [p for p in history if p.setting == candidate.setting]
+            assert not any(math.isfinite(p.at(candidate.images or 0)) for p in known)
+            there = candidate.mean < gone
+            value = 30 + 3000 * (candidate.mean - least) ** 2 + rough * rng.normal() if there else math.nan
             images = candidate.images if rng.random() >= failing / 2 else (candidate.images or 0) // 2
             history.append(measured(candidate, value if rng.random() >= failing / 2 else math.nan, images))
             history += history[-1:] * int(rng.random() < 0.2)
