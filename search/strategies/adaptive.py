@@ -29,8 +29,7 @@ from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Se
 from search.strategies.surface import Sample, Surface, Vector, fit
 
 _LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
-_CLEAR = 1.0  # coordinates are moved for a gain of more than so many times the loss that they add
-_REACH = 1.0  # of the half width: how far from where it was expected a fitted minimum is believed
+_REACH = 1.0  # of a half width: how far from where it was expected a fitted minimum is believed
 _ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
 _SHARE = 0.3  # of what the exploration left, for the middle round
 _STEP = 0.3  # from base to partner, in half widths, at least
@@ -40,15 +39,17 @@ _REBASE = 0.4  # of a half width: a base farther from the minimum is left
 _FAR = 0.8  # the same, for another round on as many images
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
 _GRID = 250  # image counts of rounds are multiples of this
-_BENT = 2.0  # half widths of k and bends, in root mean squares of λ, over that of the mean: the paper's tables of k
+# The half width of k and bends, as the root mean square of the change of λ, over that of the mean. By the paper's
+# tables of b and k and by the recorded network it is 1.2 to 2.1; too wide a guess costs less than too narrow a one.
+_BENT = 2.0
 _EXPECTED = 0.7  # the curvature along a coordinate is what its half width says, give or take this share
 _WINDOW = 1.0  # the same where the half width is that of a window of few images
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
 
 
 def usual_budget(images: int, axes: int) -> int:
-    """Images for a search over so many axes, of at most `images` each: what base and partners take on nearly as many,
-    and the exploration."""
+    """Images for a search over so many axes, of at most `images` a trial: the exploration, and a last round on about
+    0.8·images. Less leaves too much to the noise: see `benchmarks.search`."""
     return round(images * (0.7 + 1.3 * axes))
 
 
@@ -127,7 +128,7 @@ class AdaptiveStrategy:
     """See the module.
 
     nfe: network evaluations. axes: explored in this order, the mean first. images: the most for one trial. rung:
-    those of the exploration. budget: images of the whole search, which refinements keep to.
+    those of the exploration. budget: images of the whole search, see `usual_budget`.
     """
 
     nfe: int
@@ -143,7 +144,8 @@ class AdaptiveStrategy:
         return self._plan(history).wanted or FINISHED
 
     def finalists(self, history: History) -> tuple[Candidate, ...]:
-        """The minimum of the surface, then those for fewer coordinates: a line, a uniform λ."""
+        """The minimum of the surface, then those of fewer coordinates (a line, a uniform λ) and, after the simpler one,
+        those whose gain is less than what their own uncertainty loses."""
         return self._plan(history).finalists
 
     def expected_trials(self, history: History) -> int:
@@ -296,7 +298,8 @@ class AdaptiveStrategy:
     def _end(
         self, known: _Known, surface: Surface | None, at: Vector, explored: Vector, widths: Vector
     ) -> _Plan:
-        """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it.
+        """The finalists: the minimum over all coordinates, over a line, over a uniform λ. One whose gain is not clear
+        comes after the simpler one.
 
         at: about where the first is. explored: where the lines led to, from which the others are not far.
         """
@@ -305,7 +308,7 @@ class AdaptiveStrategy:
         names = [axis.name for axis in self.axes]
         sizes = sorted({names.index(name) + 1 for name in ("mean", "k") if name in names} | {len(names)})
         found: list[Vector] = []
-        for before, size in zip([0, *sizes], sizes, strict=False):
+        for before, size in zip([0, *sizes[:-1]], sizes, strict=True):
             low, high = known.low.copy(), known.high.copy()
             for a, axis in enumerate(self.axes[size:], size):
                 low[a] = high[a] = axis.start
@@ -317,12 +320,11 @@ class AdaptiveStrategy:
                 least = self._rounded(
                     known, _clipped(nearby.least(low, high), near, widths, low, high), widths
                 )
-            if found:
-                gain = surface.value(found[-1]) - surface.value(least)
-                if gain <= _CLEAR * surface.regret * (size - before) / len(names):
-                    continue
-            found.append(least)
-        return _Plan(finalists=self._finalists(found[::-1]), loss=surface.regret)
+            gain = surface.value(found[0]) - surface.value(least) if found else math.inf
+            clear = gain > surface.regret * (size - before) / len(names)  # than the loss that they add
+            if gain > 0:
+                found.insert(0 if clear else 1, least)
+        return _Plan(finalists=self._finalists(found), loss=surface.regret)
 
     def _finalists(self, positions: Sequence[Vector]) -> tuple[Candidate, ...]:
         found = [self._candidate("final", position, self.rung) for position in positions]
@@ -347,7 +349,8 @@ class AdaptiveStrategy:
     def _rounded(self, known: _Known, position: Vector, widths: Vector) -> Vector:
         """As people write it: a stride of a hundredth of the window or a little more."""
         rounded = np.array([line.rounded(x, w) for x, w in zip(position, widths, strict=True)])
-        return np.clip(rounded, known.low, known.high)
+        inside: Vector = np.clip(rounded, known.low, known.high)
+        return inside
 
     def _step(self, axis: Axis, widths: Vector) -> float:
         if axis.step is not None:

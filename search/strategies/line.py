@@ -40,7 +40,7 @@ def window(values: Mapping[float, float]) -> tuple[float, float] | None:
 def bracket(
     values: Mapping[float, float], start: float, step: float, low: float, high: float
 ) -> float | None:
-    """Where to measure next, inside [low, high] and new; None when the window is known, or the line is exhausted.
+    """Where to measure next, inside [low, high] and new; None when the best value has others on either side.
 
     values: position → distance, +inf where there is none; it holds `start`. step: the first one, signed by where the
     minimum is expected; its size should change the distance noticeably.
@@ -70,6 +70,7 @@ def bracket(
 
 
 def ask(values: Mapping[float, float], start: float, step: float, low: float, high: float) -> float | None:
+    """The same, and on until the window is known, or the line is exhausted."""
     x = bracket(values, start, step, low, high)
     found = window(values)
     if x is not None or found is None or len(values) >= _MOST:
