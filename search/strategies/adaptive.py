@@ -47,12 +47,6 @@ _WINDOW = 1.0  # the same where the half width is that of a window of few images
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
 
 
-def usual_budget(images: int, axes: int) -> int:
-    """Images for a search over so many axes, of at most `images` a trial: the exploration, and a last round on about
-    0.8·images. Less leaves too much to the noise: see `benchmarks.search`."""
-    return round(images * (0.7 + 1.3 * axes))
-
-
 @dataclass(frozen=True, slots=True)
 class Axis:
     """A coordinate of the search: "mean", "k", "bend2", "bend3", … or an option of the solver.
