@@ -50,7 +50,7 @@ _TRIES = 2  # so often is a trial repeated that ends without the rung that was a
 def usual_budget(images: int, axes: int) -> int:
     """Images for a search over so many axes, of at most `images` a trial: the exploration, and a last round on about
     0.8·images. Less leaves too much to the noise: see `benchmarks.search`."""
-    return round(images * (0.7 + 1.3 * axes))
+    return round(images * (0.4 + 1.6 * axes))
 
 
 @dataclass(frozen=True, slots=True)
