@@ -29,7 +29,7 @@ Distance = Callable[[Candidate], float]
 
 def ample(axes: int) -> int:
     """A budget that leaves little to the noise."""
-    return round(10_000 * (0.7 + 1.3 * axes))
+    return round(10_000 * (0.4 + 1.6 * axes))
 
 
 def strategy(*axes: Axis, nfe: int = 20) -> AdaptiveStrategy:
