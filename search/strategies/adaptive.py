@@ -122,7 +122,7 @@ class AdaptiveStrategy:
     """See the module.
 
     nfe: network evaluations. axes: explored in this order, the mean first. images: the most for one trial. rung:
-    those of the exploration. budget: images of the whole search, see `usual_budget`.
+    those of the exploration. budget: images of the whole search, which refinements keep to.
     """
 
     nfe: int
