@@ -163,7 +163,8 @@ def measure(job: Path, images: int) -> Found:
             cores = "auto" if resources.needs["GPU"] else 1  # else fewer workers would have more threads each
             asked = spec.resources.model_copy(update={"workers": count, "cpus": cores})
             one = pool.available(spec.model_copy(update={"resources": asked}), [pool.this_machine()])
-            workers = pool.start_workers(spec, reference, one)
+            workers = pool.start_workers(spec, reference, case.evaluator.model.fingerprint, one)
+            ray.get([worker.load.remote(*workers.needs) for worker in workers.actors])  # all of them
             try:
                 loop = _Trials(case, images, f"scaling-{count}")
                 tuner.run_trials(loop, workers, case.sampling, one.unit)
@@ -172,7 +173,7 @@ def measure(job: Path, images: int) -> Found:
                 found["workers"][count] = {"trial": wall, "idle": 1 - busy / (count * wall)}
                 if count == 1:
                     for dimension in dict.fromkeys((case.evaluator.extractor.dim, INCEPTION)):
-                        times = measured(dimension, case.device, workers[0], busy / images)
+                        times = measured(dimension, case.device, workers.actors[0], busy / images)
                         found["simulated"][dimension] = simulated(times, resources.unit)
             finally:
                 pool.stop_workers(workers)

@@ -89,7 +89,8 @@ def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
             for trial in range(min(per_job, trials - len(rows))):
                 distance = 3.0 + (trial * 7 % per_job) / per_job
                 own = {"id": len(rows) + 1, "job_id": number, "number": trial, "distance": distance}
-                rows.append(row | own | {"lambdas": [1.0 + trial / 1000] * nfe})
+                b = 1.0 + trial / 1000
+                rows.append(row | own | {"b": b, "mean": b, "lambdas": [b] * nfe})
         connection.execute(job_table.insert(), job_rows)
         connection.execute(evaluation_table.insert(), rows)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

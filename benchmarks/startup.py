@@ -36,14 +36,16 @@ def measure(job: Path, images: int) -> Found:
         found["load, nothing cached"] = _child(_LOAD, str(job))
         found["load, cached"] = _child(_LOAD, str(job))
         spec = load(job)
-        reference = Evaluator.load(spec, accelerator()).reference
+        evaluator = Evaluator.load(spec, accelerator())
+        reference, network = evaluator.reference, evaluator.model.fingerprint
+        del evaluator
         resources = pool.available(spec, [pool.this_machine()])
         began = time.perf_counter()
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         found["start Ray"] = time.perf_counter() - began
         try:
-            found[f"start {resources.workers} worker(s)"] = once(
-                lambda: pool.start_workers(spec, reference, resources)
+            found[f"start the first of {resources.workers} worker(s)"] = once(
+                lambda: pool.start_workers(spec, reference, network, resources)
             )
         finally:
             ray.shutdown()

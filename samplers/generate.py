@@ -23,11 +23,21 @@ from samplers.prediction import Predict, Prediction
 from samplers.sampling import Plan, Solver
 from samplers.schedule import Schedule
 
-# Elements of x that one network call takes when nobody says: 250 images of 3×32×32 on a GPU, the least that a worker is
-# asked for at once; on a processor what its caches hold.
-_ELEMENTS = {"cuda": 250 * 3 * 32 * 32, "cpu": 16_384}
-# Images of one call: these divide the ranges that workers are asked for, so no call is filled up with nothing.
-_SIZES = (250, 125, 50, 25, 10, 5, 2, 1)
+# Elements of x that one network call takes when nobody says: 500 images of 3×32×32 on a GPU, where the replay of a
+# CUDA graph makes a short trial a third as long as calls of 2,000 would, and a long one a fifth longer; on a processor
+# what its caches hold.
+_ELEMENTS = {"cuda": 500 * 3 * 32 * 32, "cpu": 16_384}
+_SIZES = (
+    500,
+    250,
+    125,
+    50,
+    25,
+    10,
+    5,
+    2,
+    1,
+)  # images of one call, which divide most ranges that are asked for
 _SHARE = 0.5  # of the free memory of a GPU that a call may take; features, noise and decoders want some too
 _PROBE = 8  # images whose memory is measured
 Observe = Callable[[int, Tensor, Tensor], None]

@@ -50,6 +50,9 @@ _cluster_option = click.option(
     metavar="ADDRESS",
     help="The job server of a Ray cluster, http://HEAD:8265.  [env: LAMTUNE_CLUSTER]",
 )
+_wait_option = click.option(
+    "--wait", is_flag=True, help="With --cluster ADDRESS: show the job's output until it has ended."
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -89,9 +92,7 @@ def demo(store: str) -> None:
     help="Where the job's relative paths start.  [default: the job file's folder]",
 )
 @_cluster_option
-@click.option(
-    "--wait", is_flag=True, help="With --cluster ADDRESS: show the job's output until it has ended."
-)
+@_wait_option
 @_store_option
 @click.pass_context
 def submit(
@@ -114,7 +115,6 @@ def submit(
     --cluster auto runs it from here on the cluster that this machine belongs to.
     """
     from search.spec import loads, read
-    from storage import refuse_secret, refuse_sqlite
 
     text = read(job)
     spec = loads(text, str(job), job.parent if folder is None else folder)
@@ -123,24 +123,64 @@ def submit(
 
         run(spec, store)
         return
-    source = ctx.get_parameter_source("store")
-    given = source is not ParameterSource.DEFAULT
     if cluster == "auto":
         from search.runner import submit as run
 
-        if not given:
-            raise InputError("--cluster auto: there is no store: set LAMTUNE_STORE where the cluster runs")
-        refuse_sqlite(store)
-        run(spec, store, cluster=True)
+        run(spec, _clusters_store(ctx, store), cluster=True)
         return
-    named = store if source is ParameterSource.COMMANDLINE else None  # what the environment holds stays here
-    if named is not None:
-        refuse_sqlite(named)
-        refuse_secret(named)
+    named = _named_store(ctx, store)
     from search.cluster import Cluster
 
-    there = Cluster(cluster)
-    name, new = there.submit(spec, text, named)
+    _sent(there := Cluster(cluster), there.submit(spec, text, named), wait)
+
+
+@main.command()
+@click.argument("job", type=int, metavar="ID")
+@_cluster_option
+@_wait_option
+@_store_option
+@click.pass_context
+def resume(ctx: click.Context, job: int, cluster: str | None, wait: bool, store: str) -> None:
+    """Have a job of the store go on, by its number, without its job file.
+
+    What was measured is not measured again. Its files must be where they were, and what they were. --cluster as in
+    `lamtune submit`.
+    """
+    if cluster is None or cluster == "auto":
+        from search.runner import resume as run
+
+        run(job, store if cluster is None else _clusters_store(ctx, store), cluster=cluster is not None)
+        return
+    named = _named_store(ctx, store)
+    from search.cluster import Cluster
+
+    _sent(there := Cluster(cluster), there.resume(job, named), wait)
+
+
+def _clusters_store(ctx: click.Context, store: str) -> str:
+    """The store of a driver that runs on a cluster."""
+    from storage import refuse_sqlite
+
+    if ctx.get_parameter_source("store") is ParameterSource.DEFAULT:
+        raise InputError("--cluster auto: there is no store: set LAMTUNE_STORE where the cluster runs")
+    refuse_sqlite(store)
+    return store
+
+
+def _named_store(ctx: click.Context, store: str) -> str | None:
+    """The store that is sent along with a job: what the environment holds stays here."""
+    from storage import refuse_secret, refuse_sqlite
+
+    if ctx.get_parameter_source("store") is not ParameterSource.COMMANDLINE:
+        return None
+    refuse_sqlite(store)
+    refuse_secret(store)
+    return store
+
+
+def _sent(there: "Cluster", submission: tuple[str, bool], wait: bool) -> None:
+    """Say what a submission is called, and show it until it is over if asked to."""
+    name, new = submission
     click.echo(name)
     if not new:
         click.echo("this job is there already and has not ended", err=True)

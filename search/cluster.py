@@ -86,18 +86,27 @@ class Cluster:
 
         The same job is not sent twice while it runs. store: a URL without a password, None: the cluster's own.
         """
-        identity = json.dumps([spec.as_dict(), str(spec.folder), store], sort_keys=True)
-        base = f"lamtune-{hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]}"
+        words = ["lamtune", "submit", "-", "--cluster", "auto", "--folder", str(spec.folder)]
+        # In the command, and not as a working directory, which Ray may remove under a running driver.
+        return self._send(
+            [spec.as_dict(), store], f"printf %s {shlex.quote(text)} | {shlex.join(words)}", store
+        )
+
+    def resume(self, job_id: int, store: str | None) -> tuple[str, bool]:
+        """Have a job of the cluster's store go on; see `submit`."""
+        return self._send([job_id, store], f"lamtune resume {job_id} --cluster auto", store)
+
+    def _send(self, identity: Any, command: str, store: str | None) -> tuple[str, bool]:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        base = f"lamtune-{digest[:_DIGITS]}"
         with self._answering():
             known = {job.submission_id: str(job.status.value) for job in self._client.list_jobs()}
             names = (base if n == 1 else f"{base}-{n}" for n in count(1))
             name = next(n for n in names if n not in known or not Submission(n, known[n], "", None).over)
             if name in known:
                 return name, False
-            # In the command, and not as a working directory, which Ray may remove under a running driver.
-            words = ["lamtune", "submit", "-", "--cluster", "auto", "--folder", str(spec.folder)]
             self._client.submit_job(
-                entrypoint=f"printf %s {shlex.quote(text)} | {shlex.join(words)}",
+                entrypoint=command,
                 submission_id=name,
                 runtime_env={} if store is None else {"env_vars": {"LAMTUNE_STORE": store}},
             )

@@ -13,19 +13,18 @@ from typing import Any
 
 import ray
 import torch
-from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from objectives.reference import Reference
 from samplers.errors import InputError, LamtuneError
 from search.evaluator import BLOCK
 from search.spec import JobSpec
+from search.tuner import Workers
 from search.worker import SamplerWorker
 
 # Images per call: enough that the call costs nothing beside its work, few enough that a lost one is no loss.
 _UNIT = {"cuda": 8 * BLOCK, "cpu": 2 * BLOCK}
-_RESTARTS = 3  # how often a worker that dies is started again, and a call that died with it repeated
-_GATHER_S = 30.0  # how long the others may take to get their places once one worker has its own
+_RESTARTS = 20  # how often a worker is started again that died, or lost its node
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +164,11 @@ def _unseen(files: Mapping[str, tuple[str, int | None]]) -> list[str]:
     return problems
 
 
-def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> list[ActorHandle[Any]]:
-    """Start the workers and wait until they are ready. Ray must be initialised.
+def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resources: Resources) -> Workers:
+    """Ask for the workers and wait until the first one is ready. Ray must be initialised.
 
-    Where others use the cluster too, it waits for one to get its place, and goes on with those that have theirs
-    shortly after: two jobs that waited for all would wait for each other.
+    Where others use the cluster too, the rest may get their places much later, and join then. Raises the error of a
+    worker that cannot load, where no other is ready before. fingerprint: of the network that all must find.
     """
     needs = dict(resources.needs)
     actor = ray.remote(SamplerWorker).options(
@@ -178,29 +177,32 @@ def start_workers(spec: JobSpec, reference: Reference, resources: Resources) -> 
         resources=needs,
         label_selector=dict(resources.labels),
         max_restarts=_RESTARTS,
-        max_task_retries=_RESTARTS,
+        max_task_retries=0,  # a call that dies goes to another worker
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
     )
-    asked: dict[Any, Any] = {}
-    for _ in range(resources.workers):
-        worker: Any = actor.remote(spec, resources.device, resources.threads)
-        asked[worker.placed.remote()] = worker
-    ray.wait(list(asked), num_returns=1)
-    placed, late = ray.wait(list(asked), num_returns=len(asked), timeout=_GATHER_S)
-    stop_workers([asked[one] for one in late])
-    workers = [worker for one, worker in asked.items() if one in placed]
-    shared = ray.put(reference)
-    try:
-        ray.get([worker.load.remote(shared) for worker in workers])
-    except ray.exceptions.RayTaskError as error:
-        stop_workers(workers)
-        if isinstance(error.cause, LamtuneError):
-            raise error.cause from None  # without the frames of Ray around it
-        raise
-    return workers
+    actors: list[Any] = [
+        actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
+    ]
+    workers = Workers(actors, (ray.put(reference), fingerprint))
+    loading = [worker.load.remote(*workers.needs) for worker in actors]
+    failure: Exception | None = None
+    while loading:
+        (one,), loading = ray.wait(loading, num_returns=1)
+        try:
+            ray.get(one)
+            return workers
+        except ray.exceptions.RayActorError as error:  # its process died, another one's may not
+            failure = LamtuneError(f"the sampler workers died while they loaded the model: {error}")
+        except ray.exceptions.RayTaskError as error:
+            # Without the frames of Ray around it.
+            failure = error.cause if isinstance(error.cause, LamtuneError) else error
+            break
+    stop_workers(workers)
+    assert failure is not None
+    raise failure
 
 
-def stop_workers(workers: Sequence[ActorHandle[Any]]) -> None:
+def stop_workers(workers: Workers) -> None:
     """Give the processors or GPUs back, also where Ray goes on."""
-    for worker in workers:
+    for worker in workers.actors:
         ray.kill(worker)

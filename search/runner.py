@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -31,14 +32,16 @@ from search.ms_eps import Complete, complete
 from search.planning import Start
 from search.progress import TerminalWatcher
 from search.report import best_as_text, exploration, runner_up
-from search.spec import JobSpec
+from search.spec import JobSpec, from_dict
 from search.strategies.base import Strategy
 from search.study import Search
-from storage import STALE_S, Job, NewJob, NotInStore, Store, open_store
+from storage import STALE_S, ConnectionLost, Job, NewJob, NotInStore, Store, TakenOver, open_store
 from storage import Evaluator as StoredEvaluator
 
 # A running job says that it lives this often, and is free for another process after this long a silence.
 _HEARTBEAT_S, _STALE_S = 5.0, STALE_S
+# So long a job waits for a database that went away, and no oftener than this in that time.
+_PATIENCE_S, _LOSSES = 60.0, 5
 
 
 def submit(
@@ -50,9 +53,31 @@ def submit(
     A job that the store has finished is not run again; one that was interrupted goes on. Raises InputError
     before anything starts where the job cannot run, LamtuneError where it went wrong.
     """
+    return _submit(spec, None, store_url, console, cluster)
+
+
+def resume(
+    job_id: int, store_url: str | None, console: Console | None = None, *, cluster: bool = False
+) -> tuple[Job, ...]:
+    """Have one job of the store go on, from what the store has of its job file; see `submit`.
+
+    Raises InputError where a file of the job is not what it was when the job began.
+    """
+    with open_store(store_url) as store:
+        job = store.job(job_id)
+    spec = from_dict(job.spec, f"job {job_id}")
+    sampling = {key: value for key, value in job.sampling.items() if key != "precision"}
+    mine = tuple(one for one in spec.sampling if json.loads(json.dumps(asdict(one))) == sampling)
+    return _submit(spec.model_copy(update={"sampling": mine[:1]}), job, store_url, console, cluster)
+
+
+def _submit(
+    spec: JobSpec, job: Job | None, store_url: str | None, console: Console | None, cluster: bool
+) -> tuple[Job, ...]:
+    """job: the one that `spec` must be; None: whatever the store makes of it."""
     console = console or Console()
     attached = _ray("auto") if cluster else nullcontext()
-    with open_store(store_url) as store, store.only_writer(), attached:
+    with open_store(store_url, patience=_PATIENCE_S) as store, store.only_writer(), attached:
         nodes = pool.cluster() if cluster else [pool.this_machine()]
         resources = pool.available(spec, nodes)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -70,16 +95,16 @@ def submit(
             whole = spec.model_copy(update={"sampling": tuple(ready.sampling for ready in samplings)})
             pool.check_files(spec, nodes, whole.files)
         searches = [
-            _search(store, spec, asked, ready, evaluator, resources)
+            _search(store, spec, asked, ready, evaluator, resources, job)
             for asked, ready in zip(spec.sampling, samplings, strict=True)
         ]
         jobs = [one.job for one in searches]
         todo = [one for one in searches if one.job.status != "finished"]
-        reference = evaluator.reference
+        reference, fingerprint = evaluator.reference, evaluator.model.fingerprint
         del evaluator  # the workers hold their own
         if todo:
             blocks.trim()
-            _run(store, spec, reference, todo, resources, console)
+            _run(store, spec, reference, fingerprint, todo, resources, console)
         for job in jobs:
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
             second = runner_up(best, store.evaluations(best.job_id))
@@ -117,10 +142,12 @@ def _search(
     ready: Complete,
     evaluator: Evaluator,
     resources: pool.Resources,
+    resumed: Job | None,
 ) -> _Search:
     """The store's job of one search, made if it is new: the same question is the same job.
 
-    asked: the sampling as the job file has it. ready: the same with Γ, wherever the file of it lies.
+    asked: the sampling as the job file has it. ready: the same with Γ, wherever the file of it lies. resumed: the job
+    that it must be; raises InputError where it is not.
     """
     number_type = precision(spec, torch.device(resources.device))
     sampling = asdict(asked) if ready.ms_eps is None else asdict(asked) | {"ms_eps": ready.ms_eps}
@@ -138,6 +165,8 @@ def _search(
         f"{spec.model.name}--{spec.dataset.name}--{asked.solver}-{asked.nfe}--{spec.search.strategy}-"
         f"{_digest(identity)[:8]}"
     )
+    if resumed is not None and name != resumed.study_name:
+        raise InputError(_difference(resumed, spec, evaluator, number_type))
     job = store.find_job(name)
     if job is None:
         start = warm_start(store, spec, asked, evaluator) if spec.search.warm_start else None
@@ -170,6 +199,24 @@ def _search(
         )
     start = None if job.warm_start is None else Start(**job.warm_start)
     return _Search(job, ready.sampling, _strategy(spec, asked, evaluator, start), _digest(numbers))
+
+
+def _difference(job: Job, spec: JobSpec, evaluator: Evaluator, number_type: str) -> str:
+    """Why a job cannot go on: what it would measure now does not compare with what it has measured."""
+    if job.model_fingerprint != evaluator.model.fingerprint:
+        files = [f"{key} ({path})" for key, path in spec.files.items() if key.startswith("model.")]
+        reason = f"{' or '.join(files) or 'model'} has changed since"
+    elif job.evaluator.reference != evaluator.reference.digest:
+        reason = f"dataset.reference ({spec.dataset.reference}) has changed since"
+    elif job.evaluator.fingerprint != evaluator.fingerprint:
+        reason = f"features ({spec.features}) have changed since"
+    elif job.sampling["precision"] != number_type:
+        reason = (
+            f"it was begun in {job.sampling['precision']}, and here model.precision would be {number_type}"
+        )
+    else:
+        reason = "the file of Γ (sampling.ms_eps) has changed since, or another version of lamtune began it"
+    return f"job {job.id} cannot go on: {reason}; `lamtune submit` its job file to begin anew"
 
 
 def warm_start(store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> Start | None:
@@ -215,6 +262,7 @@ def _run(
     store: Store,
     spec: JobSpec,
     reference: Reference,
+    fingerprint: str,
     todo: list[_Search],
     resources: pool.Resources,
     console: Console,
@@ -223,23 +271,42 @@ def _run(
         _ray("local"),
         console.status(f"starting {resources.workers} {resources.device} worker(s)") as status,
     ):
-        workers = pool.start_workers(spec, reference, resources)
+        workers = pool.start_workers(spec, reference, fingerprint, resources)
         status.stop()
         try:
             for one in todo:
                 with _claimed(store, one.job), TerminalWatcher(one.job, console) as watcher:
-                    search = Search(
-                        store,
-                        one.job,
-                        one.strategy,
-                        watcher,
-                        rungs=spec.search.all_rungs,
-                        context=one.context,
-                    )
-                    tuner.run_trials(search, workers, one.sampling, resources.unit)
-                    search.check()
+
+                    def search(one: _Search = one, watcher: TerminalWatcher = watcher) -> None:
+                        with store.errors():
+                            found = Search(
+                                store,
+                                one.job,
+                                one.strategy,
+                                watcher,
+                                rungs=spec.search.all_rungs,
+                                context=one.context,
+                            )
+                            tuner.run_trials(found, workers, one.sampling, resources.unit)
+                            found.check()
+
+                    _until_done(search)
         finally:
             pool.stop_workers(workers)
+
+
+def _until_done(search: Callable[[], None]) -> None:
+    """Search, and again where the database went away amid a transaction: the store has what counts, so that goes on
+    as it does after a kill, but for the workers, which stay."""
+    lost: list[float] = []
+    while True:
+        try:
+            return search()
+        except ConnectionLost:
+            now = time.monotonic()
+            lost = [*(then for then in lost if now - then < _PATIENCE_S), now]
+            if len(lost) > _LOSSES:
+                raise
 
 
 @contextmanager
@@ -269,16 +336,22 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         raise LamtuneError(
             f"job {job.id} is being run by another process; if that one was killed, try again in {_STALE_S:.0f} s"
         )
-    ended, cancelled = threading.Event(), threading.Event()
+    ended, stop = threading.Event(), threading.Event()
+    taken: list[TakenOver] = []
 
     def beat() -> None:
         while not ended.wait(_HEARTBEAT_S):
-            with suppress(LamtuneError):  # a database that is away for a while is no reason to stop
-                if store.heartbeat(job.id) == "cancelled":
-                    cancelled.set()
-                    # As `kill` does it; Ray leaves through SystemExit. SIGINT is blocked in jobs of a cluster.
-                    _thread.interrupt_main(signal.SIGTERM)
-                    return
+            try:
+                if store.heartbeat(job.id) != "cancelled":
+                    continue
+            except TakenOver as error:
+                taken.append(error)
+            except LamtuneError:  # a database that is away for a while is no reason to stop
+                continue
+            stop.set()
+            # As `kill` does it; Ray leaves through SystemExit. SIGINT is blocked in jobs of a cluster.
+            _thread.interrupt_main(signal.SIGTERM)
+            return
 
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()
@@ -286,7 +359,9 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         yield
     except BaseException as error:
         _stop(ended, heart)
-        if cancelled.is_set():
+        if taken or isinstance(error, TakenOver):  # what becomes of the job is the other process's to say
+            raise next(iter(taken), error) from None
+        if stop.is_set():
             store.set_status(job.id, "cancelled", "cancelled on request")
             raise LamtuneError(f"job {job.id} was cancelled; submit it again to go on") from None
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)

@@ -194,8 +194,16 @@ class JobSpec(_Section):
         return value
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for the store: what `parse` took, with defaults filled in."""
-        return {**self.model_dump(mode="json"), "sampling": [asdict(s) for s in self.sampling]}
+        """Plain data for the store: what `parse` took, with defaults filled in, and the folder."""
+        sampling = [asdict(s) for s in self.sampling]
+        return {**self.model_dump(mode="json"), "sampling": sampling, "folder": str(self.folder)}
+
+
+def from_dict(data: Mapping[str, Any], source: str) -> JobSpec:
+    """What `as_dict` gave, perhaps in an older lamtune. Raises InputError."""
+    if "folder" not in data:
+        raise InputError(f"{source} was made by a lamtune that did not keep its folder: submit its job file")
+    return parse({key: value for key, value in data.items() if key != "folder"}, source, Path(data["folder"]))
 
 
 def load(path: str | Path) -> JobSpec:

@@ -28,7 +28,9 @@ _DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "k": FloatDistribution(-10.0, 10.0),
 }
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-_INTERRUPTED = "interrupted: the search was stopped while this ran"
+# What did not fail by the fault of its schedule is tried again, and no strategy hears of it.
+_INTERRUPTED = "interrupted: "
+_LOSSES = 3  # how often a trial's own process may die, one after the other
 
 
 class Watcher(Protocol):
@@ -82,7 +84,7 @@ def point_of(evaluation: Evaluation, job: Job) -> Point:
 @dataclass(slots=True)
 class _Running:
     evaluation: Evaluation
-    trial: optuna.Trial
+    trial: int  # Optuna's id
     images: int  # that it was asked for
     computed: int = 0
     seconds: float = 0.0
@@ -110,29 +112,56 @@ class Search:
         self._store, self._job, self._strategy, self._watcher = store, job, strategy, watcher
         self._rungs, self._context = tuple(rungs), context
         self._running: dict[str, _Running] = {}
-        self._study = optuna.create_study(
-            study_name=job.study_name,
-            storage=store.optuna_storage(),
-            direction="minimize",
-            load_if_exists=True,
+        self._losses = 0
+        self._tried = {
+            one.number: one for one in store.evaluations(job.id)
+        }  # this process alone writes to them
+        self._points: dict[int, Point] = {}
+        self._storage = store.optuna_storage()
+        optuna.create_study(
+            study_name=job.study_name, storage=self._storage, direction="minimize", load_if_exists=True
         )
+        # One call per step, which `ask` and `tell` with their sampler and pruner would make ten.
+        self._study = self._storage.get_study_id_from_name(job.study_name)
         self.fatal: str | None = None
         self._fail_interrupted()
 
     def _fail_interrupted(self) -> None:
         """Close what an earlier, killed process left running; the strategy will ask for it again."""
-        for evaluation in self._store.evaluations(self._job.id):
+        for evaluation in list(self._tried.values()):
             if evaluation.state == "running":
-                self._store.fail_evaluation(evaluation.id, _INTERRUPTED)
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                error = f"{_INTERRUPTED}the search was stopped while this ran"
+                self._keep(self._store.fail_evaluation(evaluation.id, error))
+        for trial in self._storage.get_all_trials(
+            self._study, deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)
+        ):
+            # One that has ended in the store was stopped before the study knew.
+            self._tell(trial._trial_id, self._tried.get(trial.number))
+
+    def _tell(self, trial: int, ended: Evaluation | None) -> None:
+        """End Optuna's trial as its evaluation has."""
+        if ended is not None and ended.state == "complete":
+            assert ended.distance is not None
+            self._storage.set_trial_state_values(trial, TrialState.COMPLETE, [ended.distance])
+        elif ended is not None and ended.state == "pruned":
+            self._storage.set_trial_state_values(trial, TrialState.PRUNED)
+        else:
+            self._storage.set_trial_state_values(trial, TrialState.FAIL)
+
+    def _keep(self, evaluation: Evaluation) -> Evaluation:
+        """An evaluation as the store has it now."""
+        self._tried[evaluation.number] = evaluation
+        self._points.pop(evaluation.number, None)
+        return evaluation
 
     def _history(self) -> list[Point]:
-        return [
-            point_of(evaluation, self._job)
-            for evaluation in self._store.evaluations(self._job.id)
-            if evaluation.error != _INTERRUPTED
-        ]
+        found = []
+        for number, evaluation in self._tried.items():
+            if not (evaluation.error or "").startswith(_INTERRUPTED):
+                if number not in self._points:
+                    self._points[number] = point_of(evaluation, self._job)
+                found.append(self._points[number])
+        return found
 
     @property
     def finished(self) -> bool:
@@ -175,7 +204,7 @@ class Search:
     @property
     def _all_rungs(self) -> list[int]:
         """The job's rungs and those that trials were asked for before: where all can be compared."""
-        asked = {e.images for e in self._store.evaluations(self._job.id) if e.state != "running"}
+        asked = {e.images for e in self._tried.values() if e.state != "running"}
         return sorted({*self._rungs, *(n for n in asked if n)})
 
     def _key(self, schedule: Schedule, candidate: Candidate, seed: int) -> str:
@@ -193,21 +222,30 @@ class Search:
     ) -> _Running:
         middle = (self._job.nfe - 1) / 2
         b = candidate.mean - candidate.k * middle if schedule.b is None else schedule.b
-        self._study.enqueue_trial({"b": b, "k": candidate.k})
-        trial = self._study.ask(_DISTRIBUTIONS)
-        trial.set_user_attr("phase", candidate.phase)
-        trial.set_user_attr("lambdas", list(schedule.lambdas))
-        for name, value in candidate.parameters:
-            trial.set_user_attr(name, value)
-        evaluation = self._store.start_evaluation(
-            self._job.id,
-            trial.number,
-            candidate.phase,
-            schedule,
-            seed=seed,
-            parameters=dict(candidate.parameters),
-            key=key,
-            reused=None if known is None else known.id,
+        trial = self._storage.create_new_trial(
+            self._study,
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params={"b": b, "k": candidate.k},
+                distributions=_DISTRIBUTIONS,
+                user_attrs={
+                    "phase": candidate.phase,
+                    "lambdas": list(schedule.lambdas),
+                    **dict(candidate.parameters),
+                },
+            ),
+        )
+        evaluation = self._keep(
+            self._store.start_evaluation(
+                self._job.id,
+                self._storage.get_trial_number_from_id(trial),
+                candidate.phase,
+                schedule,
+                seed=seed,
+                parameters=dict(candidate.parameters),
+                key=key,
+                reused=None if known is None else known.id,
+            )
         )
         return _Running(evaluation, trial, images)
 
@@ -251,19 +289,21 @@ class Search:
     ) -> None:
         """Record a distance with its error bars, in the store and in the study."""
         gain, gain_error = self._gain(running.evaluation, images, distance, influence)
-        running.evaluation = self._store.report_rung(
-            running.evaluation.id,
-            images=images,
-            distance=distance,
-            network_evaluations=running.computed * self._job.nfe,
-            seconds=running.seconds,
-            standard_error=None if influence is None else standard_error(influence),
-            gain=gain,
-            gain_error=gain_error,
-            influence=b"" if influence is None else pack(influence),
-            metrics=metrics,
+        running.evaluation = self._keep(
+            self._store.report_rung(
+                running.evaluation.id,
+                images=images,
+                distance=distance,
+                network_evaluations=running.computed * self._job.nfe,
+                seconds=running.seconds,
+                standard_error=None if influence is None else standard_error(influence),
+                gain=gain,
+                gain_error=gain_error,
+                influence=b"" if influence is None else pack(influence),
+                metrics=metrics,
+            )
         )
-        running.trial.report(distance, images)
+        self._storage.set_trial_intermediate_value(running.trial, images, distance)
 
     def _gain(
         self, evaluation: Evaluation, images: int, distance: float, influence: Influence | None
@@ -271,7 +311,7 @@ class Search:
         """The distance of λ = 1 on the same images minus this one, and its standard error."""
         if is_baseline(evaluation):
             return 0.0, 0.0
-        for other in self._store.evaluations(self._job.id):
+        for other in self._tried.values():
             if other.seed == evaluation.seed and is_baseline(other) and images in other.rungs:
                 theirs = unpack(other.influence)
                 error = (
@@ -284,6 +324,9 @@ class Search:
 
     def complete(self, trial_id: str, lost: str | None) -> None:
         """Close a trial: complete with its last distance, pruned where it was not to have all images, or failed."""
+        self._losses = 0 if lost is None else self._losses + 1
+        if self._losses > _LOSSES:
+            self.fatal = lost
         self._end(self._running.pop(trial_id), lost)
 
     def _end(self, running: _Running, lost: str | None) -> None:
@@ -291,16 +334,16 @@ class Search:
         evaluation = running.evaluation
         full = self._job.confirm if evaluation.phase == CONFIRM else self._job.images
         if failure is not None:
+            if lost is not None or self.fatal is not None:
+                failure = f"{_INTERRUPTED}{failure}"
             ended = self._store.fail_evaluation(evaluation.id, failure)
-            running.trial.set_user_attr("error", failure)
-            self._study.tell(running.trial, state=TrialState.FAIL)
+            self._storage.set_trial_user_attr(running.trial, "error", failure)
         elif evaluation.images < full:
             ended = self._store.finish_evaluation(evaluation.id, pruned=True)
-            self._study.tell(running.trial, state=TrialState.PRUNED)
         else:
             ended = self._store.finish_evaluation(evaluation.id)
-            self._study.tell(running.trial, ended.distance)
-        self._watcher.ended(ended)
+        self._tell(running.trial, ended)
+        self._watcher.ended(self._keep(ended))
 
     def check(self) -> None:
         """After the last trial: raises LamtuneError where the search could not go on, or found nothing."""
@@ -308,7 +351,7 @@ class Search:
             raise LamtuneError(self.fatal)
         if not self.finished:
             raise LamtuneError("the search was stopped before its end: submit the job again to go on")
-        if not any(e.state in ("complete", "pruned") for e in self._store.evaluations(self._job.id)):
+        if not any(e.state in ("complete", "pruned") for e in self._tried.values()):
             raise LamtuneError(
                 "no schedule has a finite distance, not even λ = 1: check the model and its flags, "
                 "and try model.precision: float32"

@@ -1,17 +1,18 @@
 """The Ray Tune side of a search: a thin trial that hands out image ranges, and a Searcher that asks the study.
 
-A trial holds no model and imports no torch. It gives ranges of image ids to the sampler workers, merges their
-moments rung by rung on one of them, has each worker say how much its images move that distance, and reports both;
-only object references pass through it. Knows nothing of strategies, Optuna or SQL: those are behind `SearchLoop`.
+A trial holds no model and imports no torch. It gives ranges of image ids to the sampler workers, which may come late
+or die, merges their moments rung by rung on one of them, has each worker say how much its images move that distance,
+and reports both; only object references pass through it. Knows nothing of strategies, Optuna or SQL: those are behind
+`SearchLoop`.
 """
 
 import logging
 import os
 import tempfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -24,9 +25,13 @@ from objectives.paired import Influence, block_means
 from samplers.errors import LamtuneError, NonFiniteError
 from samplers.schedule import Schedule
 
+_T = TypeVar("_T")
+
 # Calls in flight per worker: while one is computed the next one waits at the worker, so it never idles.
 _IN_FLIGHT = 2
 _BLOCK = 250  # images of a block of the cache, as in `search.evaluator`, which imports torch
+_LOSSES = 3  # how often a call may die with its worker, a worker while it loads, or results with their node
+_ALONE_S = 600.0  # how long a search without any worker waits for one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,14 @@ class Progress:
     fatal: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Sampler workers, ready or not (see `worker.SamplerWorker`), and what their `load` takes."""
+
+    actors: Sequence[ActorHandle[Any]]
+    needs: Sequence[Any]
+
+
 class SearchLoop(Protocol):
     """What the searcher needs from the study: trials by a string id, in a single thread."""
 
@@ -81,25 +94,39 @@ class SearchLoop(Protocol):
 
 
 class _Call(NamedTuple):
-    """A call at a worker: what it does ("sample", "merge" or "influences"), for which rung and images."""
+    """A call at a worker: what it does ("sample", "merge" or "influences"), for which images; how often it was lost."""
 
-    worker: int
     kind: str
     rung: int
     start: int
     stop: int
+    losses: int = 0
 
 
 class Trial(tune.Trainable):
-    """One schedule: all its images, rung by rung, over all workers.
+    """One schedule: all its images, rung by rung, over all workers that there are at the time.
 
     config: `trial`, a TrialConfig. Each `step` waits for the next finished call and says how far the trial is.
+
+    A worker takes part from the moment on when it has loaded what it needs, which may be in the middle of a trial.
+    When its process dies, what it was working on goes to others; it takes part again once Ray has started it anew,
+    and if that cannot be, the trial goes on without it. Who computed what changes no number.
     """
 
     def setup(
-        self, config: dict[str, Any], workers: Sequence[Any] = (), job: Sequence[Any] = (), unit: int = 1
+        self,
+        config: dict[str, Any],
+        workers: Sequence[Any] = (),
+        needs: Sequence[Any] = (),
+        job: Sequence[Any] = (),
+        unit: int = 1,
     ) -> None:
-        self._workers, self._job, self._unit = list(workers), list(job), unit
+        self._workers, self._needs, self._job, self._unit = list(workers), needs, list(job), unit
+        self._load: dict[int, int] = {}  # calls in flight of every worker that is ready
+        self._joining: dict[Any, int] = {}  # reference of a call to load → worker
+        self._last = ""  # why a worker is out for good
+        for worker in range(len(self._workers)):
+            self._join(worker)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -108,76 +135,153 @@ class Trial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._config: TrialConfig = config["trial"]
-        self._todo = deque(units(self._config.rungs, self._unit, len(self._workers)))
-        self._load = [0] * len(self._workers)
-        self._pending: dict[Any, _Call] = {}
-        self._moments: dict[int, dict[int, Any]] = {}  # rung → {first image: reference}
-        self._features: dict[int, tuple[int, int, Any]] = {}  # first image → (worker, end, reference)
-        self._left = [
-            sum(1 for r, _, _ in self._todo if r == rung) for rung in range(len(self._config.rungs))
-        ]
-        self._total: Any = None
         self._rung = 0  # the rung that is measured next, or now
-        self._measuring = False
-        # Of the rung that is measured: its distance, and first image → influences.
-        self._distance: float | None = None
-        self._influences: dict[int, Any] = {}
-        self._images = self._computed = 0
+        self._distance = 0.0
+        self._computed = self._restarts = 0
         self._seconds = 0.0
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Begin with the first image; what was reported stays so."""
+        self._todo = deque(
+            _Call("sample", rung, start, stop)
+            for rung, start, stop in units(self._config.rungs, self._unit, len(self._workers))
+        )
+        self._load = dict.fromkeys(self._load, 0)
+        self._pending: dict[Any, tuple[int, _Call]] = {}
+        self._made: dict[int, list[Any]] = {}  # first image → moments and features of a call in flight
+        self._moments: dict[int, tuple[int, Any]] = {}  # first image → (end, reference): in no sum yet
+        self._features: dict[int, tuple[int, int, Any]] = {}  # first image → (worker, end, reference)
+        self._sum: list[Any] = []  # total and sensitivity of the merge in flight
+        self._total: Any = None
+        self._summed = 0  # images in the total
+        self._sensitivity: Any = None
+        self._measuring = False
+        self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
+        self._images = 0
 
     def step(self) -> dict[str, Any]:
         try:
             return self._step()
         except NonFiniteError as error:  # this schedule has no distance; others may
             return self._result(error=_message(error), fatal=False)
-        except ray.exceptions.RayTaskError as error:
+        except (ray.exceptions.RayError, LamtuneError) as error:
             return self._result(error=_message(error), fatal=True)
-        except ray.exceptions.RayError as error:
-            return self._result(error=f"the sampler workers cannot be reached: {error}", fatal=True)
 
     def _step(self) -> dict[str, Any]:
         while True:
             self._hand_out()
-            ready, _ = ray.wait(list(self._pending), num_returns=1)
-            call = self._pending.pop(ready[0])
-            self._load[call.worker] -= 1
-            value = ray.get(ready[0])
+            reference = self._wait()
+            worker, call = self._pending[reference]
+            try:
+                value = ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                self._lost(worker, error)
+                continue
+            except ray.exceptions.RayError as error:
+                if not _object_lost(error):
+                    raise
+                self._objects_lost(error)
+                continue
+            del self._pending[reference]
+            self._load[worker] -= 1
             if call.kind == "sample":
+                moments, features = self._made.pop(call.start)
                 computed, seconds = value
+                self._moments[call.start] = call.stop, moments
+                self._features[call.start] = worker, call.stop, features
                 self._images += call.stop - call.start
                 self._computed += computed
                 self._seconds += seconds
-                self._left[call.rung] -= 1
                 self._measure()
                 return self._result()
             if call.kind == "merge":
-                self._distance = value
-            else:
-                self._influences[call.start] = value
-            wanted = sum(end <= self._end for _, end, _ in self._features.values())
-            if self._distance is not None and len(self._influences) == wanted:
+                self._merged(value)
+                continue
+            self._influences[call.start] = value
+            if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
                 return self._rung_result()
 
-    def _hand_out(self) -> None:
-        while self._todo:
-            worker = min(range(len(self._workers)), key=self._load.__getitem__)
-            rung, start, stop = self._todo[0]
-            if self._load[worker] >= _IN_FLIGHT or (self._config.racing and rung > self._rung):
-                return
-            self._todo.popleft()
-            config = self._config
-            moments, features, cost = (
-                self._workers[worker]
-                .sample.options(num_returns=3)
-                .remote(*self._job, config.schedule, start, stop, config.seed, config.parameters, config.key)
-            )
-            self._moments.setdefault(rung, {})[start] = moments
-            self._features[start] = worker, stop, features
-            self._call(cost, _Call(worker, "sample", rung, start, stop))
+    # ---- workers that come and go
 
-    def _call(self, reference: Any, call: _Call) -> None:
-        self._pending[reference] = call
-        self._load[call.worker] += 1
+    def _join(self, worker: int) -> None:
+        # Repeated until Ray has started it again, or does so no more; each try at one that restarts counts for Ray.
+        load = self._workers[worker].load.options(max_task_retries=-1)
+        self._joining[load.remote(*self._needs)] = worker
+
+    def _wait(self) -> Any:
+        """The reference of the next finished call; workers that become ready on the way are given work."""
+        while True:
+            if not self._pending and not self._joining:
+                raise LamtuneError(f"no sampler worker is left: {self._last}")
+            waiting = [*self._pending, *self._joining]
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=None if self._pending else _ALONE_S)
+            if not ready:
+                raise LamtuneError(f"there has been no sampler worker for {_ALONE_S:.0f} s")
+            worker = self._joining.pop(ready[0], None)
+            if worker is None:
+                return ready[0]
+            try:
+                ray.get(ready[0])
+                self._load[worker] = 0
+                self._hand_out()
+            except ray.exceptions.RayError as error:  # it cannot load, or is not started any more
+                self._last = _message(error)
+
+    def _lost(self, worker: int, error: Exception) -> None:
+        """A worker died: others get its calls. It may come back."""
+        calls = {reference: call for reference, (at, call) in self._pending.items() if at == worker}
+        for reference in calls:
+            del self._pending[reference]
+        del self._load[worker]
+        self._join(worker)
+        first, *behind = calls.values()  # what waited behind the first call is not to blame
+        if first.losses == _LOSSES:
+            raise LamtuneError(
+                f"images {first.start} to {first.stop - 1}: {_LOSSES + 1} workers died with them: {error}"
+            )
+        self._todo.extendleft([*reversed(behind), first._replace(losses=first.losses + 1)])
+
+    def _objects_lost(self, error: Exception) -> None:
+        """What a worker left on its node is lost with that: begin again, with what the caches of hosts still have."""
+        if self._restarts == _LOSSES:
+            raise LamtuneError(f"results of workers were lost {_LOSSES + 1} times: {error}")
+        self._restarts += 1
+        self._start_over()
+
+    # ---- work
+
+    def _hand_out(self) -> None:
+        """Give the workers that are ready as much as they need to be busy, and no more: who is slow gets less."""
+        while self._todo and self._load:
+            call = self._todo[0]
+            worker = min(self._load, key=self._load.__getitem__)
+            if call.kind == "sample":
+                if self._load[worker] >= _IN_FLIGHT or (self._config.racing and call.rung > self._rung):
+                    return
+            elif call.kind == "influences" and self._features[call.start][0] in self._load:
+                worker = self._features[call.start][0]  # features need not travel
+            self._todo.popleft()
+            self._pending[self._call(self._workers[worker], call)] = worker, call
+            self._load[worker] += 1
+
+    def _call(self, worker: Any, call: _Call) -> Any:
+        """Call a worker; the reference of what is to be fetched, the rest stays where it was made."""
+        if call.kind == "sample":
+            config = self._config
+            *self._made[call.start], cost = worker.sample.options(num_returns=3).remote(
+                *self._job, config.schedule, call.start, call.stop, config.seed, config.parameters, config.key
+            )
+            return cost
+        if call.kind == "merge":
+            # In the order of image ids, whoever computed them: sums do not depend on the workers.
+            parts = [self._moments[start][1] for start in sorted(self._moments) if start < call.stop]
+            if self._total is not None:
+                parts.insert(0, self._total)
+            total, distance, sensitivity = worker.merge.options(num_returns=3).remote(*parts)
+            self._sum = [total, sensitivity]
+            return distance
+        return worker.influences.remote(self._sensitivity, self._features[call.start][2])
 
     @property
     def _end(self) -> int:
@@ -186,31 +290,30 @@ class Trial(tune.Trainable):
 
     def _measure(self) -> None:
         """Start on the next rung if its images are all there; one at a time, so that rungs end in order."""
-        rungs = self._config.rungs
-        if self._measuring or self._rung == len(rungs) or self._left[self._rung]:
+        if self._measuring or self._rung == len(self._config.rungs):
             return
-        parts = self._moments.pop(self._rung)
-        # In the order of image ids, whoever computed them: sums do not depend on the workers.
-        refs = [parts[start] for start in sorted(parts)]
-        if self._total is not None:
-            refs.insert(0, self._total)
-        worker = min(range(len(self._workers)), key=self._load.__getitem__)
-        self._total, distance, sensitivity = self._workers[worker].merge.options(num_returns=3).remote(*refs)
-        self._call(distance, _Call(worker, "merge", self._rung, 0, self._end))
-        # Calls that become ready together are not told in any order.
-        self._measuring, self._distance, self._influences = True, None, {}
-        for start, (holder, stop, features) in self._features.items():
-            if stop <= self._end:  # where they were made: features do not travel
-                influence = self._workers[holder].influences.remote(sensitivity, features)
-                self._call(influence, _Call(holder, "influences", self._rung, start, stop))
+        there = sum(stop - start for start, (stop, _) in self._moments.items() if start < self._end)
+        if self._summed + there < self._end:
+            return
+        self._measuring, self._influences = True, {}
+        self._todo.appendleft(_Call("merge", self._rung, 0, self._end))
+
+    def _merged(self, distance: float) -> None:
+        """The rung's distance is known: ask how much each of its images moves it."""
+        self._total, self._sensitivity = self._sum
+        self._distance, self._summed = distance, self._end
+        for start in [start for start in self._moments if start < self._end]:
+            del self._moments[start]
+        for start, (_, stop, _) in self._features.items():
+            if stop <= self._end:
+                self._todo.appendleft(_Call("influences", self._rung, start, stop))
 
     def _rung_result(self) -> dict[str, Any]:
         influences = np.concatenate([self._influences[start] for start in sorted(self._influences)])
         images, self._rung, self._measuring = self._end, self._rung + 1, False
-        distance = self._distance
         self._measure()
         return self._result(
-            distance=distance,
+            distance=self._distance,
             influence=block_means(influences),
             images=images,
             done=self._rung == len(self._config.rungs),
@@ -227,6 +330,12 @@ class Trial(tune.Trainable):
             "done": "error" in extra,
             **extra,
         }
+
+
+def _object_lost(error: Exception) -> bool:
+    """Whether Ray says of a result that it was lost with its node; also where a call took it as an argument."""
+    lost = ray.exceptions.ObjectLostError
+    return isinstance(error, lost) or isinstance(getattr(error, "cause", None), lost)
 
 
 def _message(error: Exception) -> str:
@@ -246,10 +355,46 @@ def units(rungs: Sequence[int], unit: int, workers: int = 1) -> list[tuple[int, 
         each = -(-(end - start) // workers)
         each = min(unit, -(-each // _BLOCK) * _BLOCK)
         while start < end:
-            stop = min(start - start % min(each, _BLOCK) + each, end)
+            stop = start + each
+            if each > _BLOCK:
+                stop -= stop % _BLOCK
+            stop = min(stop, end)
             calls.append((rung, start, stop))
             start = stop
     return calls
+
+
+class _Kept:
+    """A loop whose errors Tune cannot swallow: the first one ends all trials, and `run_trials` raises it."""
+
+    def __init__(self, loop: SearchLoop) -> None:
+        self._loop = loop
+        self.error: Exception | None = None
+
+    def next_trial(self, trial_id: str) -> TrialConfig | None:
+        """See SearchLoop."""
+        return self._keeping(lambda: self._loop.next_trial(trial_id), None)
+
+    @property
+    def finished(self) -> bool:
+        """See SearchLoop."""
+        return self._keeping(lambda: self._loop.finished, True)
+
+    def report(self, trial_id: str, progress: Progress) -> bool:
+        """See SearchLoop."""
+        return self._keeping(lambda: self._loop.report(trial_id, progress), True)
+
+    def complete(self, trial_id: str, lost: str | None) -> None:
+        """See SearchLoop."""
+        self._keeping(lambda: self._loop.complete(trial_id, lost), None)
+
+    def _keeping(self, call: Callable[[], _T], otherwise: _T) -> _T:
+        if self.error is None:
+            try:
+                return call()
+            except Exception as error:
+                self.error = error
+        return otherwise
 
 
 class StudySearcher(Searcher):
@@ -284,7 +429,7 @@ class StudySearcher(Searcher):
 class _Reports(Stopper):
     """Passes every report on to the loop, which says whether the trial goes on; Tune asks this before all others."""
 
-    def __init__(self, loop: SearchLoop) -> None:
+    def __init__(self, loop: _Kept) -> None:
         self._loop = loop
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -302,17 +447,18 @@ class _Reports(Stopper):
         )
 
     def stop_all(self) -> bool:
-        return False
+        return self._loop.error is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # see StudySearcher
 
 
-def run_trials(loop: SearchLoop, workers: Sequence[ActorHandle[Any]], sampling: object, unit: int) -> None:
-    """Run trials until the loop has finished. Ray must be initialised; every trial uses all workers.
+def run_trials(loop: SearchLoop, workers: Workers, sampling: object, unit: int) -> None:
+    """Run trials until the loop has finished; what it raises ends them. Ray must be initialised.
 
-    sampling: passed on to the workers' `sample`. unit: images per call.
+    workers: every trial uses all of them, as they come. sampling: passed on to their `sample`. unit: images per call.
     """
+    kept = _Kept(loop)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -323,7 +469,8 @@ def run_trials(loop: SearchLoop, workers: Sequence[ActorHandle[Any]], sampling: 
         tune.with_parameters(
             # By reference: a trial passes `sampling` on without unpacking it, which would import torch.
             Trial,
-            workers=list(workers),
+            workers=list(workers.actors),
+            needs=list(workers.needs),
             job=[ray.put(sampling)],
             unit=unit,
         ),
@@ -334,16 +481,18 @@ def run_trials(loop: SearchLoop, workers: Sequence[ActorHandle[Any]], sampling: 
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=StudySearcher(loop),
+                search_alg=StudySearcher(kept),
                 num_samples=-1,
                 max_concurrent_trials=1,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                stop=_Reports(loop),
+                stop=_Reports(kept),
                 storage_path=scratch,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    if kept.error is not None:
+        raise kept.error

@@ -7,6 +7,7 @@ seconds later.
 
 from __future__ import annotations  # a handle brings the signatures along
 
+import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,20 +35,26 @@ class SamplerWorker:
         self._spec, self._device = spec, torch.device(device)
         self._loaded: Evaluator | None = None
 
-    def placed(self) -> None:
-        """Answer as soon as there is a process: the worker has its place."""
+    def load(self, reference: Reference, fingerprint: str) -> None:
+        """Load everything, with statistics that the driver has read; nothing where that was done.
 
-    def load(self, reference: Reference | None = None) -> None:
-        """Load everything, with statistics that the driver has read; without them, read those too."""
+        Raises InputError where the network is not the one with this fingerprint: a file may have changed meanwhile.
+        """
+        from samplers.errors import InputError
         from search.evaluator import Evaluator
 
-        self._loaded = Evaluator.load(self._spec, self._device, reference)
+        if self._loaded is None:
+            loaded = Evaluator.load(self._spec, self._device, reference)
+            if loaded.model.fingerprint != fingerprint:
+                where = f"{self._spec.model.path} on {platform.node()}"
+                raise InputError(f"model.path: {where} is not the network with which the job was started")
+            self._loaded = loaded
 
     @property
     def _evaluator(self) -> Evaluator:
-        if self._loaded is None:  # Ray started this worker again; the statistics are in the cache
-            self.load()
-        assert self._loaded is not None
+        assert self._loaded is not None, (
+            "whoever calls a worker, or calls it again after it died, has it load first"
+        )
         return self._loaded
 
     def sample(

@@ -14,7 +14,7 @@ Knows nothing of torch, images or strategies.
 """
 
 from storage.connection import refuse_secret, refuse_sqlite
-from storage.errors import NotInStore
+from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.records import (
     CONFIRM,
     STALE_S,
@@ -32,6 +32,7 @@ __all__ = [
     "CONFIRM",
     "STALE_S",
     "Best",
+    "ConnectionLost",
     "Evaluation",
     "EvaluationState",
     "Evaluator",
@@ -40,6 +41,7 @@ __all__ = [
     "NewJob",
     "NotInStore",
     "Store",
+    "TakenOver",
     "check_store",
     "open_store",
     "refuse_secret",

@@ -2,13 +2,14 @@
 
 import json
 import os
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from samplers.errors import InputError
@@ -17,6 +18,7 @@ BUSY_SECONDS = 30
 """How long a SQLite writer waits for another one to finish."""
 
 _CONNECT_SECONDS = 10
+_AGAIN_SECONDS = 0.5
 _FORMS = (
     "write sqlite:///FILE.db or postgresql://USER:PASSWORD@HOST/NAME, "
     "with signs like @ and / in the password percent-encoded"
@@ -120,6 +122,22 @@ def make_engine(url: URL) -> Engine:
         event.listen(engine, "connect", _sqlite_connected)
         event.listen(engine, "begin", _sqlite_begin)
     return engine
+
+
+def wait_for(engine: Engine, seconds: float) -> None:
+    """Have an engine try to connect for so long where the database does not answer, or is starting."""
+
+    def connect(dialect: Dialect, _record: object, words: list[Any], options: dict[str, Any]) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return dialect.connect(*words, **options)
+            except dialect.loaded_dbapi.OperationalError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_AGAIN_SECONDS)
+
+    event.listen(engine, "do_connect", connect)
 
 
 def _sqlite_connected(connection: Any, _record: object) -> None:

@@ -15,17 +15,17 @@ from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from sqlalchemy import URL, ColumnElement, CursorResult, Select, and_, or_, select, update
+from sqlalchemy import URL, ColumnElement, CursorResult, Select, and_, func, or_, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from samplers.errors import InputError, LamtuneError
 from samplers.schedule import Schedule
 from storage import upgrade
-from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe
-from storage.errors import NotInStore
+from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe, wait_for
+from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.lock import only_writer
 from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
 from storage.tables import EvaluationRow, EvaluatorRow, JobRow
@@ -40,14 +40,16 @@ _HELD = (JobRow.status == "running") | ((JobRow.status == "cancelled") & JobRow.
 _NEAREST = 8  # how many combinations NotInStore names
 
 
-def open_store(url: str | None = None) -> "Store":
+def open_store(url: str | None = None, *, patience: float = 0.0) -> "Store":
     """Open the store at `url` and bring its tables up to date.
 
     The default is LAMTUNE_STORE, else sqlite:///lamtune.db. `sqlite:///FILE` is made if it does not exist;
     `postgresql://USER:PASSWORD@HOST/NAME` must. Use it as a context manager, or call `close`. InputError
     where the URL cannot be read, opened or written, psycopg is missing, or a newer lamtune has been there.
+
+    patience: seconds to wait, once it is open, for a database that has gone away; also in Optuna's calls.
     """
-    return Store(parse(url or default_url()))
+    return Store(parse(url or default_url()), patience)
 
 
 def check_store(url: str | None = None) -> str:
@@ -87,15 +89,23 @@ def _opening(url: URL) -> Iterator[None]:
         raise InputError(f"the store {safe(url)} cannot be opened: {redacted(url, failure)}")
 
 
+class _Cost(NamedTuple):
+    trials: int = 0
+    network_evaluations: int = 0
+    seconds: float = 0.0
+
+
 class Store:
     """An open store; may be used from several threads. Make it with `open_store`."""
 
-    def __init__(self, url: URL) -> None:
-        self._url = url
+    def __init__(self, url: URL, patience: float = 0.0) -> None:
+        self._url, self._patience = url, patience
+        self._attempts: dict[int, int] = {}  # of the jobs that were claimed here
         self._readers = make_engine(url)
         self._writers = self._readers.execution_options(write=True)
         try:
             self._upgrade()
+            wait_for(self._readers, patience)
         except BaseException:
             self.close()
             raise
@@ -135,13 +145,24 @@ class Store:
 
     @contextmanager
     def _session(self, *, write: bool = False) -> Iterator[Session]:
-        """One transaction; the database's errors come out as LamtuneError."""
+        """One transaction; see `errors`."""
         engine = self._writers if write else self._readers
+        with self.errors(), Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """The database's errors come out as LamtuneError, also those of Optuna's calls; as ConnectionLost where it
+        went away amid a transaction."""
         try:
-            with Session(engine, expire_on_commit=False) as session, session.begin():
-                yield session
-        except SQLAlchemyError as error:
-            raise LamtuneError(f"the store {self.safe_url} failed: {redacted(self._url, error)}") from None
+            yield
+        except Exception as error:
+            # Optuna's own error for what happens in its storage has SQLAlchemy's as its cause.
+            origin = error if isinstance(error, SQLAlchemyError) else error.__cause__
+            if not isinstance(origin, SQLAlchemyError):
+                raise
+            kind = ConnectionLost if getattr(origin, "connection_invalidated", False) else LamtuneError
+            raise kind(f"the store {self.safe_url} failed: {redacted(self._url, origin)}") from None
 
     # ---- jobs
 
@@ -208,6 +229,17 @@ class Store:
             )
         return row
 
+    def _own_job(self, session: Session, job_id: int) -> JobRow:
+        """A job to change, locked; TakenOver if it was claimed here and has been claimed elsewhere since."""
+        row = session.get(JobRow, job_id, with_for_update={"of": JobRow})
+        if row is None:
+            return self._job(session, job_id)
+        if row.attempt != self._attempts.get(job_id, row.attempt):
+            raise TakenOver(
+                f"job {job_id} was taken over by another process, as this one gave no sign of life"
+            )
+        return row
+
     def job(self, job_id: int) -> Job:
         """One job; NotInStore if there is none with that id."""
         with self._session() as session:
@@ -257,10 +289,14 @@ class Store:
             return tuple(row.record() for row in session.scalars(query))
 
     def set_status(self, job_id: int, status: JobStatus, error: str | None = None) -> Job:
-        """Move a job to `status`, with a text for people if it failed; NotInStore if it is not there."""
+        """Move a job to `status`, with a text for people if it failed; NotInStore if it is not there.
+
+        Raises TakenOver, as every write to a job or its evaluations does from a store that has claimed the job, once
+        another process has claimed it too.
+        """
         now = datetime.now(UTC)
         with self._session(write=True) as session:
-            row = self._job(session, job_id)
+            row = self._own_job(session, job_id)
             row.status, row.error, row.updated_at = status, error, now
             row.finished_at = now if status in _OVER else None
             session.flush()
@@ -271,19 +307,26 @@ class Store:
 
         A running job is held while its last sign of life (`Job.updated_at`) is younger than `stale_after`
         seconds, so call `heartbeat` more often than that; one that is being cancelled, until its process has said so.
-        One statement decides, so of two callers one gets the job. The hosts' clocks must agree better than
-        `stale_after`. NotInStore if there is no such job.
+        A sign of life that lies as far in the future counts as little: that clock was wrong. One statement decides, so
+        of two callers one gets the job; who held it before can no longer write to it (TakenOver). NotInStore if there
+        is no such job.
         """
-        now = datetime.now(UTC)
-        stale = JobRow.updated_at < now - timedelta(seconds=stale_after)
-        free = update(JobRow).where(JobRow.id == job_id, ~_HELD | stale)
+        now, silence = datetime.now(UTC), timedelta(seconds=stale_after)
+        alive = JobRow.updated_at.between(now - silence, now + silence)
+        free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & alive))
         with self._session(write=True) as session:
             self._job(session, job_id)
             taken = session.execute(
-                free.values(status="running", error=None, updated_at=now, finished_at=None)
+                free.values(
+                    status="running", error=None, updated_at=now, finished_at=None, attempt=JobRow.attempt + 1
+                ).execution_options(synchronize_session=False)
             )
             assert isinstance(taken, CursorResult)
-            return bool(taken.rowcount)
+            if not taken.rowcount:
+                return False
+            attempt = session.scalars(select(JobRow.attempt).where(JobRow.id == job_id)).one()
+        self._attempts[job_id] = attempt
+        return True
 
     def cancel(self, job_id: int, *, stale_after: float) -> Job:
         """Cancel a job: its process, if one holds it (see `claim`), learns so from its next heartbeat.
@@ -309,7 +352,7 @@ class Store:
     def heartbeat(self, job_id: int) -> JobStatus:
         """Record a sign of life; return the status, which another process may have set to cancelled."""
         with self._session(write=True) as session:
-            row = self._job(session, job_id)
+            row = self._own_job(session, job_id)
             row.updated_at = datetime.now(UTC)
             session.flush()
             return row.record().status
@@ -335,7 +378,7 @@ class Store:
         """
         now = datetime.now(UTC)
         with self._session(write=True) as session:
-            job = self._job(session, job_id)
+            job = self._own_job(session, job_id)
             assert schedule.nfe == job.nfe, (schedule.nfe, job.nfe)
             job.updated_at = now
             row = EvaluationRow(
@@ -375,7 +418,7 @@ class Store:
                     f"evaluation {row.number} of job {row.job_id} is {row.state} and cannot change any more"
                 )
             yield row
-            self._job(session, row.job_id).updated_at = datetime.now(UTC)
+            self._own_job(session, row.job_id).updated_at = datetime.now(UTC)
             session.flush()
 
     def report_rung(
@@ -493,21 +536,10 @@ class Store:
             ranked = _ranking(select(EvaluationRow, JobRow), confirmed, *asked, *group)
             ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
             winner, job = (row.record() for row in session.execute(ranked).one())
-            tried = self._tried(session, job.id)
+            baseline = self._baseline(session, winner)
+            cost = self._cost(session, job.id)
         assert winner.distance is not None
-        baseline = next(
-            (
-                one
-                for one in tried
-                if one.state == "complete"
-                and (one.seed, one.images) == (winner.seed, winner.images)
-                and set(one.lambdas) == {1.0}
-                and not one.parameters
-            ),
-            None,
-        )
-        searched = [one for one in tried if one.phase != CONFIRM]
-        confirming = [one for one in tried if one.phase == CONFIRM]
+        searched, confirming = cost[False], cost[True]
         return Best(
             model=job.model,
             model_fingerprint=job.model_fingerprint,
@@ -536,12 +568,50 @@ class Store:
             number=winner.number,
             status=job.status,
             strategy=job.strategy,
-            trials=len(searched),
-            network_evaluations=sum(one.network_evaluations for one in searched),
-            seconds=math.fsum(one.seconds for one in searched),
-            confirm_network_evaluations=sum(one.network_evaluations for one in confirming),
-            confirm_seconds=math.fsum(one.seconds for one in confirming),
+            trials=searched.trials,
+            network_evaluations=searched.network_evaluations,
+            seconds=searched.seconds,
+            confirm_network_evaluations=confirming.network_evaluations,
+            confirm_seconds=confirming.seconds,
         )
+
+    @staticmethod
+    def _baseline(session: Session, winner: Evaluation) -> Evaluation | None:
+        """λ = 1 in the winner's job, complete, on the same random numbers and as many images."""
+        query = (
+            select(EvaluationRow)
+            .where(
+                EvaluationRow.job_id == winner.job_id,
+                EvaluationRow.state == "complete",
+                EvaluationRow.seed == winner.seed,
+                EvaluationRow.images == winner.images,
+                EvaluationRow.mean.between(1 - 1e-12, 1 + 1e-12),  # what SQL can say of λ_t = 1 for all t
+                or_(EvaluationRow.k == 0, EvaluationRow.k.is_(None)),
+            )
+            .order_by(EvaluationRow.number)
+        )
+        found = (row.record() for row in session.scalars(query))
+        return next((one for one in found if set(one.lambdas) == {1.0} and not one.parameters), None)
+
+    @staticmethod
+    def _cost(session: Session, job_id: int) -> dict[bool, _Cost]:
+        """What a job's search (False) and its confirmation (True) have cost."""
+        confirming = EvaluationRow.phase == CONFIRM
+        sums = (
+            select(
+                confirming,
+                func.count(),
+                func.sum(EvaluationRow.network_evaluations),
+                func.sum(EvaluationRow.seconds),
+            )
+            .where(EvaluationRow.job_id == job_id)
+            .group_by(confirming)
+        )
+        found = {
+            bool(of): _Cost(trials, int(calls), seconds)
+            for of, trials, calls, seconds in session.execute(sums)
+        }
+        return {False: _Cost(), True: _Cost()} | found
 
     def _nearest(self, session: Session, model: str, dataset: str, nfe: int, solver: str | None) -> str:
         """The message of NotInStore: what was asked, and the combinations most like it that have a result."""
@@ -575,7 +645,9 @@ class Store:
         failure: Exception = LamtuneError("never tried")
         for _ in range(20):
             try:
-                return RDBStorage(url, engine_kwargs=driver_options(self._url))
+                storage = RDBStorage(url, engine_kwargs=driver_options(self._url))
+                wait_for(storage.engine, self._patience)
+                return storage
             except (SQLAlchemyError, StorageInternalError) as error:
                 # Optuna takes no lock while it makes its tables: of several processes that start together
                 # on an empty database the slower ones fail, and succeed once the tables stand.

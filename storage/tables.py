@@ -110,6 +110,9 @@ class JobRow(Base):
     confirm: Mapped[int] = mapped_column(server_default="0")
     warm_start: Mapped[Mapping[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     status: Mapped[str]
+    attempt: Mapped[int] = mapped_column(
+        server_default="0"
+    )  # how often it was claimed; the last one may write
     error: Mapped[str | None]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]

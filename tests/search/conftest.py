@@ -1,23 +1,13 @@
 """Fixtures of the search tests: a Ray of their own, and a cluster of two nodes with a PostgreSQL."""
 
-import json
 import logging
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import pytest
 import ray
+
+from benchmarks.servers import RayCluster, until
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,94 +46,19 @@ def local_ray(cache):
     ray.shutdown()
 
 
-@dataclass
-class TwoNodes:
-    """A Ray cluster on this machine: a head that works on nothing, and a worker with the label zone=b."""
-
-    address: str
-    gcs: str
-    head: subprocess.Popen
-    worker: subprocess.Popen
-
-
-def _free_ports(n):
-    probes = [socket.socket() for _ in range(n)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="session")
 def two_nodes(postgresql_database, tmp_path_factory):
-    """Its own LAMTUNE_STORE is the database of `postgresql_url`, password and all."""
+    """A Ray cluster of a head that works on nothing and a worker with the label zone=b and three processors.
+
+    Its own LAMTUNE_STORE is the database of `postgresql_url`, password and all.
+    """
     pytest.importorskip("aiohttp", reason="the job server needs the extra [cluster]")
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: it has to hold the names of sockets
-    gcs, dashboard, client, *agents = _free_ports(9)
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "LAMTUNE_"))},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "LAMTUNE_STORE": postgresql_database.url.render_as_string(hide_password=False),
-        "LAMTUNE_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    own = ["--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
-
-    def start(*words):
-        ports = zip(("agent-listen-port", "agent-grpc-port"), (agents.pop(), agents.pop()), strict=True)
-        words = [*words, *own, *(f"--dashboard-{name}={port}" for name, port in ports)]
-        words.append(f"--metrics-export-port={agents.pop()}")
-        return subprocess.Popen(
-            ["ray", "start", *words],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    head = start(
-        "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-        f"--temp-dir={folder}", "--num-cpus=0", "--num-gpus=0", "--labels=zone=a",
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    worker = None
+    store = postgresql_database.url.render_as_string(hide_password=False)
+    cluster = RayCluster({"LAMTUNE_STORE": store, "LAMTUNE_CACHE": str(tmp_path_factory.mktemp("cache"))})
     try:
-        _until(lambda: _nodes(address) == 1, head)
-        worker = start(f"--address=127.0.0.1:{gcs}", "--num-cpus=3", "--num-gpus=0", "--labels=zone=b")
-        _until(lambda: _nodes(address) == 2, worker)
-        yield TwoNodes(address, f"127.0.0.1:{gcs}", head, worker)
+        until(lambda: cluster.living() == 1)
+        cluster.add(cpus=3)
+        until(lambda: cluster.living() == 2)
+        yield cluster
     finally:
-        for process in filter(None, (worker, head)):
-            children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            for child in children:
-                if child.is_running():
-                    child.kill()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _nodes(address):
-    """How many nodes of a cluster live."""
-    try:
-        with urllib.request.urlopen(f"{address}/nodes?view=summary", timeout=5) as answer:
-            found = json.load(answer)["data"]["summary"]
-    except (urllib.error.URLError, OSError):
-        return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in found)
-
-
-def _until(condition, process):
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None, "ray start has ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+        cluster.stop()

@@ -220,6 +220,21 @@ def test_status_shows_how_a_job_is(submitted, url):
     assert (missing.exit_code, "has no job 9" in missing.output) == (1, True)
 
 
+def test_resume_needs_the_number_only(submitted, url, tmp_path):
+    (tmp_path / "job.yaml").unlink()
+    with open_store(url) as store:
+        store.set_status(1, "cancelled")
+        before = store.evaluations(1)
+        result = run("resume", 1, "--store", url)
+        assert result.exit_code == 0, result.output
+        assert "gauss on digits, ddpm, NFE 5 (job 1, finished)" in result.output
+        assert store.evaluations(1) == before
+    missing = run("resume", 9, "--store", url)
+    assert (missing.exit_code, "has no job 9" in missing.output) == (1, True)
+    alone = run("resume", 1, "--cluster", "auto")
+    assert (alone.exit_code, "set LAMTUNE_STORE where the cluster runs" in alone.output) == (2, True)
+
+
 def test_store_check_and_upgrade_say_how_the_tables_are(url):
     absent = run("store", "check", "--store", url)
     assert (absent.exit_code, "does not exist yet" in absent.output) == (1, True)

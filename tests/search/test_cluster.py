@@ -38,7 +38,7 @@ def lamtune(two_nodes, postgresql_url):
     """lamtune(words…): the command with the cluster and the store in its environment."""
 
     def run(*words):
-        environment = {"LAMTUNE_CLUSTER": two_nodes.address, "LAMTUNE_STORE": postgresql_url}
+        environment = {"LAMTUNE_CLUSTER": two_nodes.dashboard, "LAMTUNE_STORE": postgresql_url}
         return CliRunner(env=environment).invoke(main, [str(word) for word in words], catch_exceptions=False)
 
     return run
@@ -94,7 +94,7 @@ def test_two_users_jobs_share_the_cluster_and_both_have_their_results(
         assert repeated.exit_code == 0, repeated.output
         assert repeated.output.splitlines()[0] == f"{names[0]}-2"
         assert [store.evaluations(job.id) for job in store.jobs()] == before
-    with urllib.request.urlopen(f"{two_nodes.address}/api/jobs/") as answer:
+    with urllib.request.urlopen(f"{two_nodes.dashboard}/api/jobs/") as answer:
         public = answer.read().decode() + "".join(lamtune("logs", name).output for name in names)
     password = make_url(postgresql_url).password
     assert names[0] in public
@@ -121,6 +121,12 @@ def test_cancel_stops_the_driver_through_the_store_and_the_job_can_go_on(lamtune
         assert lamtune("cancel", again).exit_code == 0
         assert "STOPPED" in until(lambda: over(lamtune, again))
         assert store.job(1).status == "cancelled"
+        resumed = lamtune("resume", 1).output.strip()
+        assert resumed not in (name, again)
+        until(lambda: store.job(1).status == "running")
+        assert lamtune("resume", 1).output.splitlines()[0] == resumed  # not sent twice
+        assert lamtune("cancel", resumed).exit_code == 0
+        assert "STOPPED" in until(lambda: over(lamtune, resumed))
 
 
 @pytest.mark.parametrize(

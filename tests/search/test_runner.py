@@ -193,6 +193,48 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ra
             runner.submit(parse(JOB, "job.yaml", tmp_path), store.safe_url, quiet)
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_is_resumed_by_its_number_from_what_the_store_has_of_its_file(tmp_path, quiet):
+    jobs, before = submitted(changed("sampling", nfe=[4, 5]), tmp_path, quiet)
+    url = f"sqlite:///{tmp_path}/store.db"
+    with open_store(url) as store:
+        for job in jobs:
+            store.set_status(job.id, "cancelled")
+        assert [job.id for job in runner.resume(jobs[1].id, url, quiet)] == [jobs[1].id]
+        assert [store.job(job.id).status for job in jobs] == ["cancelled", "finished"]
+        assert [store.evaluations(job.id) for job in jobs] == before
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_whose_files_have_changed_is_not_resumed_and_the_file_is_named(tmp_path, quiet):
+    def write(scale, mean):
+        (tmp_path / "net.py").write_text(
+            "import torch\n"
+            "def make():\n"
+            f"    return torch.nn.Conv2d(1, 1, 1).requires_grad_(False).apply(fill)\n"
+            "def fill(net):\n"
+            f"    net.weight.fill_({scale}); net.bias.fill_(0.0); net.forward = lambda x, t: "
+            "torch.nn.functional.conv2d(x, net.weight, net.bias)\n"
+        )
+        np.savez(tmp_path / "stats.npz", mu=np.full(64, mean), sigma=np.eye(64))
+
+    options = {"shape": [1, 8, 8], "time": "discrete", "prediction": "epsilon"}
+    job = {**JOB, "model": {"name": "net", "format": "python", "path": "net.py:make", "options": options}}
+    job["dataset"] = {"name": "d", "reference": "stats.npz"}
+    write(0.5, 0.0)
+    (stored,), _ = submitted(job, tmp_path, quiet)
+    url = f"sqlite:///{tmp_path}/store.db"
+    for changes, message in (
+        ((0.6, 0.0), rf"model\.path \({tmp_path}/net\.py\) has changed since"),
+        ((0.5, 1.0), rf"dataset\.reference \({tmp_path}/stats\.npz\) has changed since"),
+    ):
+        write(*changes)
+        with pytest.raises(InputError, match=message):
+            runner.resume(stored.id, url, quiet)
+    write(0.5, 0.0)
+    assert runner.resume(stored.id, url, quiet)[0].id == stored.id
+
+
 def test_a_second_search_on_a_sqlite_file_is_sent_to_postgresql(tmp_path, quiet):
     url = f"sqlite:///{tmp_path}/store.db"
     with open_store(url) as store, store.only_writer():

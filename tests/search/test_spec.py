@@ -1,10 +1,12 @@
 """search.spec: what a job file may say, and how an error names the key."""
 
+import json
+
 import pytest
 
 from samplers.errors import InputError
 from samplers.sampling import DDPM, EDM
-from search.spec import load, parse
+from search.spec import from_dict, load, parse
 
 GOOD = {
     "model": {"name": "m", "format": "ideal"},
@@ -136,3 +138,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(InputError, match="binary.yaml: the job file cannot be read: not UTF-8"):
         load(tmp_path / "binary.yaml")
+
+
+def test_what_the_store_keeps_of_a_job_is_the_same_job_again(tmp_path):
+    (tmp_path / "features.ts").write_text("x")
+    job = parse(changed(features="features.ts", resources={"labels": {"zone": "b"}}), "job.yaml", tmp_path)
+    kept = json.loads(json.dumps(job.as_dict()))
+    again = from_dict(kept, "job 1")
+    assert (again, again.folder) == (job, job.folder)
+    del kept["folder"]
+    with pytest.raises(InputError, match="job 1 was made by a lamtune that did not keep its folder"):
+        from_dict(kept, "job 1")

@@ -2,42 +2,63 @@
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
 from objectives.paired import block_means
-from samplers.errors import NonFiniteError
-from search.tuner import Trial, TrialConfig, run_trials, units
+from samplers.errors import InputError, LamtuneError, NonFiniteError
+from search import tuner
+from search.tuner import Trial, TrialConfig, Workers, run_trials, units
 
 RUNGS = (10, 25, 60)
 
 
-@ray.remote(num_cpus=0, max_restarts=2, max_task_retries=2)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class Counter:
-    """A worker whose moments and features are lists of image ids, so that every image can be accounted for."""
+    """A worker whose moments are a list of image ids, so that every image can be accounted for.
+
+    behaviour: `after`, a file without which it does not get ready; `cannot`, why it cannot load; `slow`, seconds a
+    call; `log`, a file that gets a line per call; `dies`: the first image of calls that kill its process, unless the
+    file `once` exists, which it then makes; `fuse`, a file that it removes and dies when it is to tell influences.
+    """
+
+    def __init__(self, **behaviour):
+        self.behaviour = behaviour
+
+    def load(self, *needs):
+        assert needs == ("reference", "fingerprint")
+        if "cannot" in self.behaviour:
+            raise InputError(self.behaviour["cannot"])
+        while not os.path.exists(self.behaviour.get("after", os.curdir)):
+            time.sleep(0.01)
 
     def sample(self, sampling, schedule, start, stop, seed, parameters, key):
-        time.sleep(sampling["delay"] * (start % 3))  # calls end out of order
+        assert (seed, parameters, key) == (3, {"eta": 0.5}, "key")
+        with open(self.behaviour.get("log", os.devnull), "a") as log:
+            log.write(f"{start}\n")
+        if start in self.behaviour.get("dies", ()) and not os.path.exists(once := self.behaviour["once"]):
+            if once:
+                open(once, "w").close()
+            os._exit(1)
+        time.sleep(self.behaviour.get("slow", sampling["delay"] * (start % 3)))  # calls end out of order
         if schedule == "not finite":
             raise NonFiniteError("images that are not finite")
         if schedule == "broken":
             raise RuntimeError("out of memory")
-        assert (seed, dict(parameters), key) == (7, {"eta": 0.5}, f"key of {schedule}")
-        ids = list(range(start, stop))
-        return ids, np.array(ids, float), (stop - start - parameters["eta"], 0.5)  # half an image was known
+        images = list(range(start, stop))
+        return images, np.array(images, float), (len(images) - 1, 0.5)
 
     def merge(self, *parts):
         together = [image for part in parts for image in part]
-        return together, float(together == list(range(len(together)))) * len(together), len(together)
+        return together, float(together == list(range(len(together)))) * len(together), 1000.0
 
     def influences(self, sensitivity, features):
-        if (fuse := os.environ.get("LAMTUNE_TEST_FUSE")) and Path(fuse).exists():
-            Path(fuse).unlink()
+        if os.path.exists(fuse := self.behaviour.get("fuse", "")):
+            os.remove(fuse)
             os._exit(1)
-        return features + 1000 * sensitivity  # whose numbers they are, at which rung
+        return sensitivity + features
 
 
 class Loop:
@@ -46,22 +67,15 @@ class Loop:
     stop: schedule → the number of images at whose distance it is to be stopped.
     """
 
-    def __init__(self, *schedules, racing=False, rungs=RUNGS, stop=None):
+    def __init__(self, *schedules, racing=False, stop=None, fails=None):
         self.todo, self.running, self.told, self.ends = list(schedules), {}, [], []
-        self.racing, self.rungs, self.stop = racing, rungs, stop or {}
+        self.racing, self.stop, self.fails = racing, stop or {}, fails
 
     def next_trial(self, trial_id):
         if not self.todo or any(progress.fatal for _, progress in self.told):
             return None
-        schedule = self.running[trial_id] = self.todo.pop(0)
-        return TrialConfig(
-            schedule=schedule,
-            parameters={"eta": 0.5},
-            seed=7,
-            key=f"key of {schedule}",
-            rungs=self.rungs,
-            racing=self.racing,
-        )
+        self.running[trial_id] = self.todo.pop(0)
+        return config(self.running[trial_id], self.racing)
 
     @property
     def finished(self):
@@ -69,6 +83,8 @@ class Loop:
         return not self.running and (fatal or not self.todo)
 
     def report(self, trial_id, progress):
+        if self.fails is not None:
+            raise self.fails
         schedule = self.running[trial_id]
         self.told.append((schedule, progress))
         return progress.distance is not None and progress.images == self.stop.get(schedule)
@@ -81,136 +97,163 @@ class Loop:
         return [p for s, p in self.told if s == schedule and p.distance is not None]
 
 
-def run(loop, workers=2, unit=7, environment=None):
-    options = {"runtime_env": {"env_vars": environment}} if environment else {}
-    actors = [Counter.options(**options).remote() for _ in range(workers)]
-    try:
-        run_trials(loop, actors, {"delay": 0.003}, unit)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+def config(schedule, racing=False):
+    return TrialConfig(
+        schedule=schedule, parameters={"eta": 0.5}, seed=3, key="key", rungs=RUNGS, racing=racing
+    )
 
 
-def assert_whole(loop, schedule, rungs=RUNGS):
-    """All rungs of a schedule were told in order, each with all its images."""
-    told = loop.of(schedule)
-    # The counting workers give the number of images as distance only if all came, in order, once.
-    assert [(p.images, p.distance) for p in told] == [(n, n) for n in rungs]
-    for progress in told:
-        expected = block_means(np.arange(progress.images) + 1000.0 * progress.images)
-        assert np.array_equal(progress.influence, expected)
+@pytest.fixture
+def workers(local_ray):
+    """workers(*behaviours): one per mapping; they go with the test."""
+    made = []
 
+    def make(*behaviours):
+        made.extend(Counter.remote(**behaviour) for behaviour in behaviours)
+        return Workers(list(made), ("reference", "fingerprint"))
 
-def test_units_cover_every_image_once_and_stop_at_rungs():
-    assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 14), (1, 14, 21), (1, 21, 25)]
-    for rungs in ([50], [100, 300, 600], [500, 3250, 10_000]):
-        for unit in (1, 30, 250, 500):
-            for workers in (1, 2, 3, 16):
-                found = units(rungs, unit, workers)
-                assert [start for _, start, _ in found] == [0, *(stop for _, _, stop in found[:-1])]
-                assert all(start < stop <= start + unit for _, start, stop in found)
-                assert [max(stop for r, _, stop in found if r == rung) for rung in range(len(rungs))] == rungs
-
-
-def test_units_begin_at_blocks_of_the_cache_and_are_shared_evenly():
-    assert units([100, 1100], 500) == [(0, 0, 100), (1, 100, 500), (1, 500, 1000), (1, 1000, 1100)]
-    assert [stop - start for _, start, stop in units([10_000], 500, 8)] == [500] * 20
-    assert [stop - start for _, start, stop in units([1000], 500, 4)] == [250] * 4
-
-
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("workers", "racing"), [(1, False), (3, False), (3, True)])
-def test_a_trial_reports_each_rung_once_in_order_with_all_its_images(workers, racing):
-    loop = Loop("a", "b", racing=racing)
-    run(loop, workers)
-    calls = len(units(RUNGS, 7, workers))
-    for schedule in "ab":
-        assert_whole(loop, schedule)
-        told = [p for s, p in loop.told if s == schedule]
-        seconds = [p.seconds for p in told]
-        assert seconds == sorted(seconds)
-        assert seconds[-1] == 0.5 * calls
-        assert told[-1].computed == RUNGS[-1] - 0.5 * calls  # what a cache had is not counted
-    assert loop.ends == [("a", None), ("b", None)]
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_a_rung_has_its_own_distance_even_where_calls_are_told_in_the_reverse_order(monkeypatch):
-    loop = Loop("a")
-    trial, wait = object.__new__(Trial), ray.wait
-
-    def last_first(calls, **_):
-        wait(calls, num_returns=len(calls))
-        return calls[-1:], calls[:-1]
-
-    actors = [Counter.remote() for _ in range(2)]
-    trial.setup({"trial": loop.next_trial("1")}, workers=actors, job=[{"delay": 0.0}], unit=7)
-    with monkeypatch.context() as patch:
-        patch.setattr(ray, "wait", last_first)
-        results = [trial.step()]
-        while not results[-1]["done"]:
-            results.append(trial.step())
-    told = [(r["images"], r["distance"], len(r["influence"])) for r in results if r["distance"] is not None]
-    assert told == [(10, 10.0, 2), (25, 25.0, 5), (60, 60.0, 12)]
-    for actor in actors:
+    yield make
+    for actor in made:
         ray.kill(actor)
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_race_computes_nothing_beyond_the_rung_at_which_it_is_lost():
-    loop = Loop("a", "b", racing=True, stop={"a": 25})
-    run(loop, workers=3)
-    assert [p.images for p in loop.of("a")] == [10, 25]
-    assert loop.of("a")[-1].computed == 25 - 0.5 * len(units([10, 25], 7, 3))
-    assert_whole(loop, "b")  # nothing of the first one is left over
+def run(loop, found):
+    run_trials(loop, found, {"delay": 0.003}, 7)
+
+
+def alone(found):
+    """A trial in this process, until it has ended: what it reported."""
+    trial = Trial.__new__(Trial)
+    trial.setup({"trial": config("a")}, found.actors, found.needs, [{"delay": 0.003}], 7)
+    results = []
+    while not (results and results[-1]["done"]):
+        results.append(trial.step())
+    return results
+
+
+def rungs_of(results):
+    return [(r["images"], r["distance"]) for r in results if r["distance"] is not None]
+
+
+ALL = [(10, 10.0), (25, 25.0), (60, 60.0)]  # the number of images as distance: all came, in order, once
+
+
+def test_units_cover_every_image_once_and_stop_at_rungs():
+    assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 17), (1, 17, 24), (1, 24, 25)]
+
+
+@pytest.mark.parametrize("rungs", [[50], [100, 300, 600], [500, 3250, 10_000]])
+@pytest.mark.parametrize("unit", [1, 30, 250, 500])
+@pytest.mark.parametrize("workers", [1, 3, 16])
+def test_units_of_any_size_for_any_number_of_workers_go_on_and_leave_nothing_out(rungs, unit, workers):
+    found = units(rungs, unit, workers)
+    assert [start for _, start, _ in found] == [0, *(stop for _, _, stop in found[:-1])]
+    assert all(start < stop <= start + unit for _, start, stop in found)
+    assert [max(stop for r, _, stop in found if r == rung) for rung in range(len(rungs))] == rungs
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_trial_reports_each_rung_once_in_order_with_all_its_images_and_their_influences(workers, n):
+    loop = Loop("a", "b")
+    run(loop, workers(*[{}] * n))
+    for schedule in "ab":
+        told = [p for s, p in loop.told if s == schedule]
+        rungs = [p for p in told if p.distance is not None]
+        assert [(p.images, p.distance) for p in rungs] == ALL
+        for p in rungs:
+            assert np.array_equal(p.influence, block_means(1000.0 + np.arange(p.images)))
+        calls = units(RUNGS, 7)
+        seconds = [p.seconds for p in told]
+        assert seconds == sorted(seconds)
+        assert (seconds[-1], told[-1].computed) == (0.5 * len(calls), 60 - len(calls))
     assert loop.ends == [("a", None), ("b", None)]
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_trial_that_is_stopped_with_calls_in_flight_leaves_nothing_to_the_next():
-    loop = Loop("a", "b", "c", stop={"a": 10, "b": 10})
-    run(loop, workers=3, unit=2)
-    assert [p.images for p in loop.of("a")] == [p.images for p in loop.of("b")] == [10]
-    assert_whole(loop, "c")
+def test_a_racing_trial_begins_nothing_beyond_the_rung_at_which_it_is_stopped(workers, tmp_path):
+    run(
+        Loop("a", racing=True, stop={"a": 10}),
+        workers({"log": str(tmp_path / "log")}, {"log": str(tmp_path / "log")}),
+    )
+    assert sorted((tmp_path / "log").read_text().split()) == ["0", "7"]
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_worker_that_dies_between_its_images_and_their_influences_changes_nothing(tmp_path):
-    fuse = tmp_path / "fuse"
-    fuse.touch()
-    loop = Loop("a", "b")
-    run(loop, workers=2, environment={"LAMTUNE_TEST_FUSE": str(fuse)})
-    assert not fuse.exists()
-    assert_whole(loop, "a")
-    assert_whole(loop, "b")
-    assert loop.ends == [("a", None), ("b", None)]
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_workers_that_are_gone_end_the_search_with_its_reason():
-    actors = [Counter.options(max_restarts=0, max_task_retries=0).remote()]
-    ray.kill(actors[0])
-    loop = Loop("a", "b")
-    run_trials(loop, actors, {"delay": 0.0}, 7)
-    ((schedule, progress),) = loop.told
-    assert (schedule, progress.fatal) == ("a", True)
-    assert "the sampler workers cannot be reached" in progress.error
-    assert loop.ends == [("a", None)]
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_a_schedule_that_is_not_finite_fails_alone():
+def test_a_schedule_that_is_not_finite_fails_alone(workers):
     loop = Loop("a", "not finite", "b")
-    run(loop)
+    run(loop, workers({}, {}))
     failures = [(s, p.error, p.fatal) for s, p in loop.told if p.error]
     assert failures == [("not finite", "images that are not finite", False)]
     assert [s for s, _ in loop.ends] == ["a", "not finite", "b"]
-    assert_whole(loop, "b")
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_any_other_failure_ends_the_search_with_its_reason():
+def test_any_other_failure_ends_the_search_with_its_reason(workers):
     loop = Loop("broken", "a")
-    run(loop)
+    run(loop, workers({}, {}))
     assert [(s, p.error, p.fatal) for s, p in loop.told] == [("broken", "RuntimeError: out of memory", True)]
     assert loop.ends == [("broken", None)]
+
+
+def test_what_the_loop_raises_comes_out_and_nothing_more_is_tried(workers):
+    loop = Loop("a", "b", fails=LamtuneError("the store failed"))
+    with pytest.raises(LamtuneError, match="the store failed"):
+        run(loop, workers({}))
+    assert loop.todo == ["b"]
+
+
+def test_a_worker_that_dies_costs_its_calls_in_flight_and_works_again(workers, tmp_path):
+    log = str(tmp_path / "log")
+    results = alone(workers({"log": log, "dies": [10], "once": str(tmp_path / "dead")}))
+    assert rungs_of(results) == ALL
+    assert (tmp_path / "dead").exists()
+    sampled = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert set(sampled) == {start for _, start, _ in units(RUNGS, 7)}
+    assert len(sampled) - len(set(sampled)) <= tuner._IN_FLIGHT
+
+
+def test_a_worker_that_dies_between_its_images_and_their_influences_changes_nothing(workers, tmp_path):
+    (tmp_path / "fuse").touch()
+    loop = Loop("a", "b")
+    run(loop, workers({"fuse": str(tmp_path / "fuse")}, {}))
+    assert not (tmp_path / "fuse").exists()
+    for schedule in "ab":
+        assert [(p.images, p.distance) for p in loop.of(schedule)] == ALL
+        assert all(
+            np.array_equal(p.influence, block_means(1000.0 + np.arange(p.images))) for p in loop.of(schedule)
+        )
+
+
+def test_a_trial_that_is_stopped_with_calls_in_flight_leaves_nothing_to_the_next(workers):
+    loop = Loop("a", "b", stop={"a": 10})
+    run(loop, workers({}, {}, {}))
+    assert [p.images for p in loop.of("a")] == [10]
+    assert [(p.images, p.distance) for p in loop.of("b")] == ALL
+
+
+def test_images_that_kill_every_worker_end_the_search(workers):
+    error = alone(workers({"dies": [10], "once": ""}))[-1]
+    assert (error["fatal"], "images 10 to 16: 4 workers died with them" in error["error"]) == (True, True)
+
+
+def test_a_worker_that_comes_late_gets_work_in_the_middle_of_a_trial(workers, tmp_path):
+    early, late = str(tmp_path / "early"), str(tmp_path / "late")
+    results = alone(workers({"log": early, "slow": 0.2}, {"log": late, "after": early}))
+    assert rungs_of(results) == ALL
+    mine, theirs = ((tmp_path / name).read_text().split() for name in ("early", "late"))
+    assert mine[0] == "0"
+    assert len(theirs) > len(mine)  # it is quicker, and gets more from then on
+
+
+def test_the_search_goes_on_without_a_worker_that_cannot_load_or_was_ended_for_good(workers):
+    found = workers({"cannot": "stats.npz: no such file"}, {"slow": 0.1}, {"slow": 0.1})
+    ray.kill(found.actors[1])
+    assert rungs_of(alone(found)) == ALL
+
+
+def test_without_any_worker_the_search_ends_with_the_reason(workers):
+    error = alone(workers({"cannot": "stats.npz: no such file"}))[-1]
+    assert (error["error"], error["fatal"]) == ("no sampler worker is left: stats.npz: no such file", True)
+
+
+def test_a_search_without_a_worker_that_is_ready_waits_but_not_for_ever(workers, monkeypatch):
+    monkeypatch.setattr(tuner, "_ALONE_S", 0.2)
+    error = alone(workers({"after": "/nowhere"}))[-1]
+    assert "there has been no sampler worker for 0 s" in error["error"]

@@ -15,6 +15,7 @@ def test_the_package_exports_these_names_and_no_others():
         "CONFIRM",
         "STALE_S",
         "Best",
+        "ConnectionLost",
         "Evaluation",
         "EvaluationState",
         "Evaluator",
@@ -23,6 +24,7 @@ def test_the_package_exports_these_names_and_no_others():
         "NewJob",
         "NotInStore",
         "Store",
+        "TakenOver",
         "check_store",
         "open_store",
         "refuse_secret",
@@ -34,7 +36,7 @@ def test_the_package_exports_these_names_and_no_others():
 @pytest.mark.parametrize(
     ("call", "parameters"),
     [
-        (storage.open_store, {"url": None}),
+        (storage.open_store, {"url": None, "patience": 0.0}),
         (Store.best, {"model": REQUIRED, "dataset": REQUIRED, "nfe": REQUIRED, "solver": None}),
         (Store.jobs, {"model": None, "dataset": None, "status": None, "limit": 50, "before_id": None}),
         (Store.job, {"job_id": REQUIRED}),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
@@ -15,13 +16,27 @@ from typing import Any
 
 import optuna
 import pytest
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import Engine, create_engine, event, inspect, text, update
 from sqlalchemy.exc import IntegrityError
 
+from benchmarks.servers import PostgreSQL, postgresql
 from samplers.errors import InputError, LamtuneError
 from samplers.schedule import Schedule
-from storage import CONFIRM, Best, Evaluation, Evaluator, Job, NewJob, NotInStore, Store, open_store
+from storage import (
+    CONFIRM,
+    Best,
+    ConnectionLost,
+    Evaluation,
+    Evaluator,
+    Job,
+    NewJob,
+    NotInStore,
+    Store,
+    TakenOver,
+    open_store,
+)
 from storage.connection import make_engine, parse
+from storage.tables import JobRow
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 1000
@@ -191,6 +206,44 @@ class TestJobs:
         assert store.job(job.id).status == "running"
         assert not store.claim(job.id, stale_after=60)
         assert store.claim(job.id, stale_after=-1)
+
+    def test_a_sign_of_life_from_the_future_is_none(self, store: Store, url: str) -> None:
+        job = store.create_job(new_job("s"))
+        assert store.claim(job.id, stale_after=60)
+        engine = make_engine(parse(url))
+        for ahead, free in ((30, False), (3600, True)):
+            when = datetime.now(UTC) + timedelta(seconds=ahead)
+            with engine.begin() as connection:
+                connection.execute(update(JobRow).values(updated_at=when))
+            assert store.claim(job.id, stale_after=60) == free
+        engine.dispose()
+
+    def test_who_lost_a_job_to_another_process_can_no_longer_write_to_it(
+        self, store: Store, url: str
+    ) -> None:
+        job = store.create_job(new_job("s"))
+        assert store.claim(job.id, stale_after=60)
+        late = store.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.01))
+        with open_store(url) as other:
+            assert other.claim(job.id, stale_after=0)
+            other.fail_evaluation(late.id, "interrupted")
+            running = other.start_evaluation(job.id, 1, "coarse", Schedule.uniform(NFE, 1.01))
+            before = (store.job(job.id), store.evaluations(job.id))
+            schedule = Schedule.uniform(NFE, 1.02)
+            rung = {"images": 500, "distance": 5.5, "network_evaluations": 2000, "seconds": 2.5}
+            for write in (
+                lambda: store.heartbeat(job.id),
+                lambda: store.set_status(job.id, "failed", "late"),
+                lambda: store.start_evaluation(job.id, 2, "coarse", schedule),
+                lambda: store.report_rung(running.id, **rung),
+                lambda: store.fail_evaluation(running.id, "late"),
+            ):
+                with pytest.raises(TakenOver, match="was taken over by another process"):
+                    write()
+            with pytest.raises(LamtuneError, match="is failed and cannot change any more"):
+                store.report_rung(late.id, **rung)
+            assert (store.job(job.id), store.evaluations(job.id)) == before
+            other.report_rung(running.id, **rung)
 
     def test_a_job_that_is_over_can_be_claimed_again(self, store: Store) -> None:
         job = store.create_job(new_job("s"))
@@ -680,6 +733,59 @@ def test_a_database_that_goes_away_is_a_lamtune_error_without_the_password(postg
         assert not isinstance(caught.value, InputError)
         assert caught.value.__suppress_context__
         assert str(parse(postgresql_url).password) not in f"{caught.value} {caught.value.__context__}"
+
+
+def test_a_database_that_is_restarted_amid_a_transaction_is_waited_for_and_the_loss_is_said() -> None:
+    pytest.importorskip("psycopg")
+    with postgresql() as server:
+        url = server.url.render_as_string(hide_password=False)
+        with open_store(url, patience=30) as store, open_store(url) as hasty:
+            job = store.create_job(new_job("s"))
+            study = optuna.create_study(study_name="s", storage=store.optuna_storage())
+            with killing(server, store._readers), pytest.raises(ConnectionLost) as caught:
+                store.set_status(job.id, "failed")
+            assert str(server.url.password) not in f"{caught.value} {caught.value.__context__}"
+            with pytest.raises(LamtuneError, match="refused"):
+                hasty.job(job.id)
+            with ThreadPoolExecutor(2) as threads:
+                asked = threads.submit(store.job, job.id), threads.submit(study.ask)
+                server.start()
+                assert asked[0].result() == job
+                trial = asked[1].result()
+            optunas = study._storage._backend.engine  # type: ignore[attr-defined]
+            with killing(server, optunas), pytest.raises(ConnectionLost), store.errors():
+                study.ask()
+            server.start()
+            study.tell(trial, 1.0)
+
+
+@contextmanager
+def killing(server: PostgreSQL, engine: Engine) -> Iterator[None]:
+    """Kill the server after the next statement of an engine, amid its transaction."""
+
+    def kill(*_: Any) -> None:
+        event.remove(engine, "after_cursor_execute", kill)
+        server.kill()
+
+    event.listen(engine, "after_cursor_execute", kill)
+    yield
+
+
+def test_a_full_database_is_said_and_keeps_what_it_has(sqlite_url: str) -> None:
+    with open_store(sqlite_url) as store:
+        job = store.create_job(new_job("s"))
+        store._readers.dispose()
+        event.listen(store._readers, "connect", lambda c, _: c.execute("PRAGMA max_page_count = 1"))
+        written: list[Evaluation] = []
+
+        def write_on() -> None:
+            for number in range(10_000):
+                schedule = Schedule.uniform(NFE, 1.0)
+                written.append(store.start_evaluation(job.id, number, "coarse", schedule))
+
+        with pytest.raises(LamtuneError, match="full"):
+            write_on()
+        assert store.evaluations(job.id) == tuple(written)
 
 
 def test_a_sqlite_store_lets_readers_in_while_one_writes(sqlite_url: str) -> None:
