@@ -396,7 +396,9 @@ def test_an_adaptive_job_gives_the_same_numbers_on_one_and_three_workers(tmp_pat
         assert list(mine.rungs) == list(theirs.rungs)
         assert list(mine.rungs.values()) == pytest.approx(list(theirs.rungs.values()), rel=1e-9)
         assert mine.standard_error == pytest.approx(theirs.standard_error, rel=1e-5)
-        assert mine.gain_error == pytest.approx(theirs.gain_error, rel=1e-4, abs=1e-9)
+        assert (mine.gain is None) == (theirs.gain is None)
+        if mine.gain is not None:
+            assert mine.gain_error == pytest.approx(theirs.gain_error, rel=1e-4, abs=1e-9)
         assert mine.network_evaluations == theirs.network_evaluations > 0
 
 
@@ -406,10 +408,13 @@ def test_a_free_search_bends_the_schedule(tmp_path, quiet):
     ((_, tried, best),) = searched(
         tmp_path, quiet, job=job, strategy="free", images=200, confirm=200, rungs=[100]
     )
-    assert {"baseline", "b", "k", "bend", "confirm"} <= {e.phase for e in tried}
-    bent = [e for e in tried if e.phase == "bend"]
-    assert all((e.k, e.b) == (None, None) for e in bent)
-    assert len({e.lambdas for e in tried if e.phase != "confirm"}) >= 8
+    assert {"baseline", "b", "k", "confirm"} <= {e.phase for e in tried}
+    bent = [e for e in tried if e.k is None]
+    assert len({e.lambdas for e in bent}) >= 2
+    for one in bent:
+        assert one.b is None
+        line = np.polyval(np.polyfit(range(4), one.lambdas, 1), range(4))
+        assert np.abs(one.lambdas - line).max() > 1e-6
     assert len(best.lambdas) == 4
     assert best.confirmed
 
