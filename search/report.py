@@ -47,6 +47,11 @@ def error_bar(value: float | None) -> str:
     return "" if value is None else f"± {value:.2g}"
 
 
+def metric(name: str) -> str:
+    """A metric's name as people write it."""
+    return {"kid": "KID"}.get(name, name.replace("_", " "))
+
+
 def gain(evaluation: Evaluation) -> str:
     """How much better than λ = 1 on the same images, with its error bar; nothing for λ = 1 itself."""
     if evaluation.gain is None or (evaluation.gain == 0 and evaluation.gain_error == 0):
@@ -91,6 +96,8 @@ def best_as_text(best: Best) -> str:
         lines.append(
             f"  λ = 1 gives {base:.4f}: a gain of {won:.4f} {error_bar(best.gain_error)}".rstrip() + share
         )
+    if best.metrics:
+        lines.append("  " + ", ".join(f"{metric(name)} {value:.4g}" for name, value in best.metrics.items()))
     if best.significant is False:
         lines.append("  that is no significant gain: λ = 1 is as good, within twice the standard error")
     lines.append(

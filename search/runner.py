@@ -22,7 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from objectives.reference import Reference
+from objectives.metrics import check, need_real
+from objectives.reference import Reference, has_images
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
 from search import blocks, planning, pool, tuner
@@ -63,6 +64,7 @@ def submit(
             )
             if cluster:
                 pool.check_files(spec, nodes, spec.files)
+            real = _real(spec, evaluator, _shown(bar, "features of the real images"))
             for sampling in spec.sampling:  # whatever is wrong with the search is said before Γ is estimated
                 _strategy(spec, sampling, evaluator, None)
             samplings = complete(
@@ -72,7 +74,7 @@ def submit(
             whole = spec.model_copy(update={"sampling": tuple(ready.sampling for ready in samplings)})
             pool.check_files(spec, nodes, whole.files)
         searches = [
-            _search(store, spec, asked, ready, evaluator, resources)
+            _search(store, spec, asked, ready, evaluator, resources, real)
             for asked, ready in zip(spec.sampling, samplings, strict=True)
         ]
         jobs = [one.job for one in searches]
@@ -93,6 +95,19 @@ def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
     """progress(done, total) as a line of the bar, which appears with the first call."""
     task = bar.add_task(what, visible=False)
     return lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _real(spec: JobSpec, evaluator: Evaluator, progress: Callable[[int, int], None]) -> str | None:
+    """Check the job's metrics, and cache the real images' features for the workers where one needs them; returns the
+    digest of those that the reference statistics are not of. Raises InputError."""
+    if not spec.metrics:
+        return None
+    images = has_images(spec.dataset.images or spec.dataset.reference)
+    check(spec.metrics, real=images, logits=evaluator.extractor.head is not None)
+    if not need_real(spec.metrics):
+        return None
+    _, digest = evaluator.real(spec.dataset, progress)
+    return digest if spec.dataset.images is not None else None
 
 
 def _strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator, start: Start | None) -> Strategy:
@@ -116,10 +131,11 @@ def _search(
     ready: Complete,
     evaluator: Evaluator,
     resources: pool.Resources,
+    real: str | None,
 ) -> _Search:
     """The store's job of one search, made if it is new: the same question is the same job.
 
-    asked: the sampling as the job file has it. ready: the same with Γ, wherever the file of it lies.
+    asked: the sampling as the job file has it. ready: the same with Γ, wherever the file of it lies. real: see `_real`.
     """
     number_type = precision(spec, torch.device(resources.device))
     sampling = asdict(asked) if ready.ms_eps is None else asdict(asked) | {"ms_eps": ready.ms_eps}
@@ -128,11 +144,15 @@ def _search(
         "evaluator": evaluator.fingerprint,
         "sampling": sampling,
     }
+    if real is not None:
+        numbers["real"] = real
     identity = {
         "numbers": numbers,
         "names": [spec.model.name, spec.dataset.name],
         "search": spec.search.model_dump(mode="json"),
     }
+    if spec.metrics:
+        identity["metrics"] = sorted(spec.metrics)
     name = (
         f"{spec.model.name}--{spec.dataset.name}--{asked.solver}-{asked.nfe}--{spec.search.strategy}-"
         f"{_digest(identity)[:8]}"
@@ -220,6 +240,7 @@ def _run(
                         watcher,
                         rungs=spec.search.all_rungs,
                         context=one.context,
+                        metrics=spec.metrics,
                     )
                     tuner.run_trials(search, workers, one.sampling, _unit(resources))
                     search.check()

@@ -7,7 +7,7 @@ Knows nothing of Ray: it sees trials as string ids that start, report and end.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -94,7 +94,8 @@ class Search:
     """A search in a single thread: `tuner.run_trials` calls it, the store and the study follow.
 
     rungs: image counts at which trials report, besides those that the strategy asks for. context: digest of all that
-    decides the numbers of an evaluation besides its λ, parameters and seed.
+    decides the numbers of an evaluation besides its λ, parameters and seed. metrics: what is measured besides the
+    distance in the end of evaluations on fresh random numbers.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class Search:
         *,
         rungs: Sequence[int],
         context: str,
+        metrics: Collection[str] = (),
     ) -> None:
         self._store, self._job, self._strategy, self._watcher = store, job, strategy, watcher
-        self._rungs, self._context = tuple(rungs), context
+        self._rungs, self._context, self._metrics = tuple(rungs), context, frozenset(metrics)
         self._running: dict[str, _Running] = {}
         self._study = optuna.create_study(
             study_name=job.study_name,
@@ -154,6 +156,8 @@ class Search:
             seed = fresh_seed(self._job.seed) if candidate.fresh else self._job.seed
             key = self._key(schedule, candidate, seed)
             known = self._store.known(key, images)
+            if candidate.fresh and known is not None and not self._has_metrics(known, images):
+                known = None
             running = self._start(candidate, schedule, images, seed, key, known)
             if known is not None:
                 self._copy(running, known)
@@ -167,8 +171,12 @@ class Search:
                 key=key,
                 rungs=(*(rung for rung in self._all_rungs if rung < images), images),
                 racing=candidate.fresh,
+                measured=candidate.fresh and bool(self._metrics),
             )
         return None
+
+    def _has_metrics(self, known: Evaluation, images: int) -> bool:
+        return not self._metrics or (known.images == images and self._metrics <= known.metrics.keys())
 
     @property
     def _all_rungs(self) -> list[int]:
@@ -233,7 +241,7 @@ class Search:
         elif not math.isfinite(progress.distance):
             running.failure = f"the distance at {progress.images} images is {progress.distance}"
         else:
-            self._rung(running, progress.images, progress.distance, progress.influence)
+            self._rung(running, progress.images, progress.distance, progress.influence, progress.metrics)
             if progress.images < running.images and isinstance(self._strategy, Racing):
                 point = point_of(running.evaluation, self._job)
                 running.stopped = self._strategy.has_lost(self._history(), point)

@@ -33,7 +33,8 @@ class TrialConfig:
     """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
 
     rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
-    begun before the rung is known. key: of the feature cache, see `search.blocks`.
+    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: the job's further metrics
+    are computed in the end.
     """
 
     schedule: Schedule
@@ -42,18 +43,20 @@ class TrialConfig:
     key: str
     rungs: tuple[int, ...]
     racing: bool
+    measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a trial has reached: images sampled; at a rung also the distance of images 0 .. images − 1 and their
-    influence on it."""
+    influence on it, and at the last one the metrics that were asked for."""
 
     images: int
     distance: float | None
     computed: int  # images that were sampled for it, and not taken from a cache
     seconds: float  # accelerator-seconds of all workers so far
     influence: Influence | None = None
+    metrics: Mapping[str, float] | None = None
     error: str | None = None
     fatal: bool = False
 
@@ -80,7 +83,7 @@ class SearchLoop(Protocol):
 
 
 class _Call(NamedTuple):
-    """A call at a worker: what it does ("sample", "merge" or "influences"), for which rung and images."""
+    """A call at a worker: what it does ("sample", "merge", "influences" or "metrics"), for which rung and images."""
 
     worker: int
     kind: str
@@ -120,6 +123,7 @@ class Trial(tune.Trainable):
         self._measuring = False
         self._distance = 0.0
         self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
+        self._metrics: Mapping[str, float] | None = None
         self._images = self._computed = 0
         self._seconds = 0.0
 
@@ -151,8 +155,18 @@ class Trial(tune.Trainable):
             if call.kind == "merge":
                 self._distance = value
                 continue
+            if call.kind == "metrics":
+                self._metrics = value
+                return self._rung_result()
             self._influences[call.start] = value
             if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
+                if self._config.measured and self._end == self._config.rungs[-1]:
+                    # By the first worker, which then has the real images' features for the next trial too.
+                    parts = [self._features[start][2] for start in sorted(self._features)]
+                    self._call(
+                        self._workers[0].metrics.remote(*parts), _Call(0, "metrics", self._rung, 0, self._end)
+                    )
+                    continue
                 return self._rung_result()
 
     def _hand_out(self) -> None:
@@ -208,6 +222,7 @@ class Trial(tune.Trainable):
             distance=self._distance,
             influence=block_means(influences),
             images=images,
+            metrics=self._metrics,
             done=self._rung == len(self._config.rungs),
         )
 
@@ -285,6 +300,7 @@ class _Reports(Stopper):
                 computed=result["computed"],
                 seconds=result["seconds"],
                 influence=result.get("influence"),
+                metrics=result.get("metrics"),
                 error=result.get("error"),
                 fatal=result.get("fatal", False),
             ),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from objectives.influence import Sensitivity
+    from objectives.metrics import Real
     from objectives.moments import Moments
     from objectives.reference import Reference
     from samplers.sampling import Solver
@@ -33,6 +34,7 @@ class SamplerWorker:
         torch.set_num_threads(threads)
         self._spec, self._device = spec, torch.device(device)
         self._loaded: Evaluator | None = None
+        self._real: Real | None = None
 
     def placed(self) -> None:
         """Answer as soon as there is a process: the worker has its place."""
@@ -69,6 +71,17 @@ class SamplerWorker:
     def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
         """See Evaluator.merge."""
         return self._evaluator.merge(*parts)
+
+    def metrics(self, *parts: Features) -> dict[str, float]:
+        """The job's metrics of an evaluation; see Evaluator.metrics. The first call loads the real images' features,
+        which the driver has cached."""
+        from objectives.metrics import Real, need_real
+
+        names = self._spec.metrics
+        if self._real is None and need_real(names):
+            features, _ = self._evaluator.real(self._spec.dataset)
+            self._real = Real.of(features.to(self._device))
+        return self._evaluator.metrics(names, self._real, parts)
 
     def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
         """See Evaluator.influences."""
