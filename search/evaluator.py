@@ -29,12 +29,14 @@ from samplers.models.load import load_model
 from samplers.models.protocol import Model
 from samplers.sampling import Solver, with_parameters
 from samplers.schedule import Schedule
+from search import figures
 from search.blocks import FeatureCache
 from search.spec import DatasetSpec, JobSpec
 
 # Images whose features are taken together, always cut at multiples of this id: float32 features may change in
 # their last bits with the batch, and must not with the way in which a trial is split.
 BLOCK = 250
+_SMALL = 64  # pixels: images of which 64 are shown together
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Features: TypeAlias = NDArray[np.floating[Any]]
@@ -217,6 +219,14 @@ class Evaluator:
         """
         features = torch.cat([torch.tensor(part, device=self.device) for part in parts])
         return measure(names, Generated(features, self.extractor.logits(features)), real)
+
+    def picture(
+        self, sampling: Solver, schedule: Schedule, seed: int, parameters: Mapping[str, float]
+    ) -> bytes:
+        """A PNG of the first images of an evaluation, 64 small ones or 16; sampled again, since none are kept."""
+        count = 64 if max(self.model.image_shape) <= _SMALL else 16
+        images = self._sampler(sampling, seed, parameters).images(schedule, 0, count)
+        return figures.grid(images.cpu())
 
     def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
         """How much each of these images moves the distance, [n]; see `objectives.influence`."""

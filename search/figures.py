@@ -1,6 +1,7 @@
 """Draws results as pictures (PNG, SVG, PDF). Knows what was measured, and nothing of how."""
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from samplers.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from search.diagnose import Diagnosis
     from search.plots import Look, Panel, Plot
@@ -34,6 +36,7 @@ LOOKS: "Mapping[Look, tuple[str, str]]" = {
 
 _INK = "#010203"  # stands for the text's colour of the page that a picture is part of
 _PANEL = (4.6, 3.7)  # inches
+_SIDE = 48  # pixels that an image of a grid has at least, nearly
 
 
 def diagnosis(found: "Diagnosis") -> "Figure":
@@ -156,6 +159,26 @@ def inline_svg(plot: "Plot") -> str:
         draw(plot, _INK).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().replace(_INK, "currentColor")
     return text[text.index("<svg") :]
+
+
+def grid(images: "Tensor") -> bytes:
+    """A PNG of images, uint8 [N, C, H, W] with C = 1 or 3 on the CPU, in a square; small ones enlarged."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    count, height, width, channels = pixels.shape
+    times, gap = max(1, _SIDE // max(height, width)), 2
+    columns = math.isqrt(count - 1) + 1
+    rows = -(-count // columns)
+    h, w = height * times + gap, width * times + gap
+    sheet = np.full((rows * h - gap, columns * w - gap, channels), 255, dtype=np.uint8)
+    for place, image in enumerate(pixels.repeat(times, axis=1).repeat(times, axis=2)):
+        top, left = place // columns * h, place % columns * w
+        sheet[top : top + h - gap, left : left + w - gap] = image
+    buffer = io.BytesIO()
+    Image.fromarray(sheet.squeeze()).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def save_plot(plot: "Plot", path: Path) -> None:

@@ -10,11 +10,13 @@ import json
 import logging
 import math
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import ray
@@ -185,10 +187,23 @@ def _search(
                     },
                 ),
                 warm_start=None if start is None else asdict(start),
+                versions=_versions(resources.device),
             )
         )
     start = None if job.warm_start is None else Start(**job.warm_start)
     return _Search(job, ready.sampling, _strategy(spec, asked, evaluator, start), _digest(numbers))
+
+
+def _versions(device: str) -> dict[str, str]:
+    """What ran a job, for those who want to run it again."""
+    found = {"python": platform.python_version()}
+    for name in ("lamtune", "torch", "numpy", "optuna", "ray"):
+        with suppress(PackageNotFoundError):  # run from its folder
+            found[name] = version(name)
+    found["device"] = (
+        torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
+    )
+    return found
 
 
 def warm_start(store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> Start | None:

@@ -7,11 +7,14 @@ Knows nothing of Ray: it sees trials as string ids that start, report and end.
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import optuna
+from optuna.artifacts import upload_artifact
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
@@ -20,7 +23,7 @@ from samplers.errors import LamtuneError
 from samplers.schedule import Schedule
 from search.strategies.base import Candidate, Point, Signal, Strategy, bends, slope
 from search.tuner import Progress, TrialConfig
-from storage import CONFIRM, Evaluation, Job, Store
+from storage import CONFIRM, Evaluation, Job, Pictures, Store
 
 # Wider than any search, so that all trials of all studies share them, which Optuna's plots need.
 _DISTRIBUTIONS: dict[str, BaseDistribution] = {
@@ -171,7 +174,7 @@ class Search:
                 key=key,
                 rungs=(*(rung for rung in self._all_rungs if rung < images), images),
                 racing=candidate.fresh,
-                measured=candidate.fresh and bool(self._metrics),
+                measured=candidate.fresh,
             )
         return None
 
@@ -226,7 +229,20 @@ class Search:
                 self._rung(
                     running, images, distance, part, metrics=known.metrics if images == known.images else {}
                 )
+        if (picture := self._store.pictures(known.job_id).get(known.id)) is not None:
+            self._keep(running, picture)
         self._end(running, None)
+
+    def _keep(self, running: _Running, picture: bytes) -> None:
+        """Attach a picture to the trial; Optuna refuses when it has ended."""
+        with tempfile.TemporaryDirectory(prefix="lamtune-") as folder:
+            file = Path(folder, "images.png")
+            file.write_bytes(picture)
+            upload_artifact(
+                artifact_store=Pictures(self._store, running.evaluation.id),
+                file_path=str(file),
+                study_or_trial=running.trial,
+            )
 
     def report(self, trial_id: str, progress: Progress) -> bool:
         """Record a rung, or pass on how many images there are; whether the trial has lost and is to be stopped."""
@@ -242,6 +258,8 @@ class Search:
             running.failure = f"the distance at {progress.images} images is {progress.distance}"
         else:
             self._rung(running, progress.images, progress.distance, progress.influence, progress.metrics)
+            if progress.picture is not None:
+                self._keep(running, progress.picture)
             if progress.images < running.images and isinstance(self._strategy, Racing):
                 point = point_of(running.evaluation, self._job)
                 running.stopped = self._strategy.has_lost(self._history(), point)

@@ -33,8 +33,8 @@ class TrialConfig:
     """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
 
     rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
-    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: the job's further metrics
-    are computed in the end.
+    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: in the end
+    the job's further metrics are computed and a picture is made.
     """
 
     schedule: Schedule
@@ -49,7 +49,7 @@ class TrialConfig:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a trial has reached: images sampled; at a rung also the distance of images 0 .. images − 1 and their
-    influence on it, and at the last one the metrics that were asked for."""
+    influence on it, and at the last one the metrics and the picture (PNG) that were asked for."""
 
     images: int
     distance: float | None
@@ -57,6 +57,7 @@ class Progress:
     seconds: float  # accelerator-seconds of all workers so far
     influence: Influence | None = None
     metrics: Mapping[str, float] | None = None
+    picture: bytes | None = None
     error: str | None = None
     fatal: bool = False
 
@@ -83,7 +84,7 @@ class SearchLoop(Protocol):
 
 
 class _Call(NamedTuple):
-    """A call at a worker: what it does ("sample", "merge", "influences" or "metrics"), for which rung and images."""
+    """A call at a worker: what it does ("sample", "merge", "influences" or "conclude"), for which rung and images."""
 
     worker: int
     kind: str
@@ -123,7 +124,7 @@ class Trial(tune.Trainable):
         self._measuring = False
         self._distance = 0.0
         self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
-        self._metrics: Mapping[str, float] | None = None
+        self._conclusion: tuple[Mapping[str, float] | None, bytes | None] = None, None
         self._images = self._computed = 0
         self._seconds = 0.0
 
@@ -155,17 +156,13 @@ class Trial(tune.Trainable):
             if call.kind == "merge":
                 self._distance = value
                 continue
-            if call.kind == "metrics":
-                self._metrics = value
+            if call.kind == "conclude":
+                self._conclusion = value
                 return self._rung_result()
             self._influences[call.start] = value
             if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
                 if self._config.measured and self._end == self._config.rungs[-1]:
-                    # By the first worker, which then has the real images' features for the next trial too.
-                    parts = [self._features[start][2] for start in sorted(self._features)]
-                    self._call(
-                        self._workers[0].metrics.remote(*parts), _Call(0, "metrics", self._rung, 0, self._end)
-                    )
+                    self._conclude()
                     continue
                 return self._rung_result()
 
@@ -214,6 +211,15 @@ class Trial(tune.Trainable):
                 influence = self._workers[holder].influences.remote(sensitivity, features)
                 self._call(influence, _Call(holder, "influences", self._rung, start, stop))
 
+    def _conclude(self) -> None:
+        """By the first worker, which then has the real images' features for the next trial too."""
+        config = self._config
+        parts = [self._features[start][2] for start in sorted(self._features)]
+        conclusion = self._workers[0].conclude.remote(
+            *self._job, config.schedule, config.seed, config.parameters, *parts
+        )
+        self._call(conclusion, _Call(0, "conclude", self._rung, 0, self._end))
+
     def _rung_result(self) -> dict[str, Any]:
         influences = np.concatenate([self._influences[start] for start in sorted(self._influences)])
         images, self._rung, self._measuring = self._end, self._rung + 1, False
@@ -222,7 +228,8 @@ class Trial(tune.Trainable):
             distance=self._distance,
             influence=block_means(influences),
             images=images,
-            metrics=self._metrics,
+            metrics=self._conclusion[0],
+            picture=self._conclusion[1],
             done=self._rung == len(self._config.rungs),
         )
 
@@ -301,6 +308,7 @@ class _Reports(Stopper):
                 seconds=result["seconds"],
                 influence=result.get("influence"),
                 metrics=result.get("metrics"),
+                picture=result.get("picture"),
                 error=result.get("error"),
                 fatal=result.get("fatal", False),
             ),

@@ -72,16 +72,26 @@ class SamplerWorker:
         """See Evaluator.merge."""
         return self._evaluator.merge(*parts)
 
-    def metrics(self, *parts: Features) -> dict[str, float]:
-        """The job's metrics of an evaluation; see Evaluator.metrics. The first call loads the real images' features,
-        which the driver has cached."""
+    def conclude(
+        self,
+        sampling: Solver,
+        schedule: Schedule,
+        seed: int,
+        parameters: Mapping[str, float],
+        *parts: Features,
+    ) -> tuple[dict[str, float], bytes]:
+        """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator.
+
+        The first call loads the real images' features, which the driver has cached, where a metric needs them.
+        """
         from objectives.metrics import Real, need_real
 
         names = self._spec.metrics
         if self._real is None and need_real(names):
             features, _ = self._evaluator.real(self._spec.dataset)
             self._real = Real.of(features.to(self._device))
-        return self._evaluator.metrics(names, self._real, parts)
+        metrics = self._evaluator.metrics(names, self._real, parts) if names else {}
+        return metrics, self._evaluator.picture(sampling, schedule, seed, parameters)
 
     def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
         """See Evaluator.influences."""

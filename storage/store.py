@@ -9,7 +9,7 @@ after a kill -9 the store holds everything that was reported.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
@@ -28,7 +28,7 @@ from storage.connection import default_url, driver_options, make_engine, parse, 
 from storage.errors import NotInStore
 from storage.lock import only_writer
 from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
-from storage.tables import EvaluationRow, EvaluatorRow, JobRow
+from storage.tables import EvaluationRow, EvaluatorRow, JobRow, PictureRow
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -168,6 +168,7 @@ class Store:
                 evaluator=self._evaluator(session, new.evaluator),
                 confirm=new.confirm,
                 warm_start=None if new.warm_start is None else dict(new.warm_start),
+                versions=dict(new.versions),
                 status="queued",
                 created_at=now,
                 updated_at=now,
@@ -462,6 +463,33 @@ class Store:
                 None,
             )
 
+    # ---- pictures
+
+    def add_picture(self, evaluation_id: int, picture_id: str, content: bytes) -> None:
+        """Keep a PNG of what a running evaluation made; `picture_id` is new in the store."""
+        with self._running(evaluation_id) as row:
+            session = Session.object_session(row)
+            assert session is not None
+            session.add(PictureRow(id=picture_id, evaluation_id=evaluation_id, content=content))
+
+    def picture(self, picture_id: str) -> bytes:
+        """A picture by its id; NotInStore."""
+        with self._session() as session:
+            row = session.get(PictureRow, picture_id)
+            if row is None:
+                raise NotInStore(f"the store {self.safe_url} has no picture {picture_id}")
+            return row.content
+
+    def pictures(self, job_id: int) -> Mapping[int, bytes]:
+        """The newest picture of each evaluation of a job that has one, by the evaluation's id."""
+        query = (
+            select(PictureRow)
+            .join(EvaluationRow, PictureRow.evaluation_id == EvaluationRow.id)
+            .where(EvaluationRow.job_id == job_id)
+        )
+        with self._session() as session:
+            return {row.evaluation_id: row.content for row in session.scalars(query)}
+
     # ---- the best schedule
 
     def best(self, model: str, dataset: str, nfe: int, solver: str | None = None) -> Best:
@@ -494,54 +522,18 @@ class Store:
             ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
             winner, job = (row.record() for row in session.execute(ranked).one())
             tried = self._tried(session, job.id)
-        assert winner.distance is not None
-        baseline = next(
-            (
-                one
-                for one in tried
-                if one.state == "complete"
-                and (one.seed, one.images) == (winner.seed, winner.images)
-                and set(one.lambdas) == {1.0}
-                and not one.parameters
-            ),
-            None,
-        )
-        searched = [one for one in tried if one.phase != CONFIRM]
-        confirming = [one for one in tried if one.phase == CONFIRM]
-        return Best(
-            model=job.model,
-            model_fingerprint=job.model_fingerprint,
-            dataset=job.dataset,
-            solver=job.solver,
-            sampling=job.sampling,
-            nfe=job.nfe,
-            k=winner.k,
-            b=winner.b,
-            lambdas=winner.lambdas,
-            parameters=winner.parameters,
-            distance=winner.distance,
-            standard_error=winner.standard_error,
-            baseline_distance=None if baseline is None else baseline.distance,
-            gain=winner.gain,
-            gain_error=winner.gain_error,
-            significant=None
-            if winner.gain is None or winner.gain_error is None
-            else winner.gain > 2 * winner.gain_error,
-            confirmed=confirmed,
-            images=winner.images,
-            seed=winner.seed,
-            metrics=winner.metrics,
-            evaluator=job.evaluator.fingerprint,
-            job_id=job.id,
-            number=winner.number,
-            status=job.status,
-            strategy=job.strategy,
-            trials=len(searched),
-            network_evaluations=sum(one.network_evaluations for one in searched),
-            seconds=math.fsum(one.seconds for one in searched),
-            confirm_network_evaluations=sum(one.network_evaluations for one in confirming),
-            confirm_seconds=math.fsum(one.seconds for one in confirming),
-        )
+        return _as_best(job, winner, tried, confirmed)
+
+    def best_of(self, job_id: int) -> Best:
+        """The schedule of the lowest distance in one job, by the rules of `best`; NotInStore if nothing ranks yet."""
+        with self._session() as session:
+            job = self._job(session, job_id).record()
+            for confirmed in (True, False):
+                ranked = _ranking(select(EvaluationRow, JobRow), confirmed, JobRow.id == job_id)
+                ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
+                if (found := session.execute(ranked).first()) is not None:
+                    return _as_best(job, found[0].record(), self._tried(session, job_id), confirmed)
+        raise NotInStore(f"job {job_id} in the store {self.safe_url} has no result yet: it is {job.status}")
 
     def _nearest(self, session: Session, model: str, dataset: str, nfe: int, solver: str | None) -> str:
         """The message of NotInStore: what was asked, and the combinations most like it that have a result."""
@@ -601,3 +593,55 @@ def _ranks(confirmed: bool) -> ColumnElement[bool]:
 def _ranking(query: _S, confirmed: bool, *conditions: ColumnElement[bool]) -> _S:
     """`query` over jobs with those of their evaluations that rank and meet the conditions."""
     return query.where(EvaluationRow.job_id == JobRow.id, _ranks(confirmed), *conditions)
+
+
+def _as_best(job: Job, winner: Evaluation, tried: Sequence[Evaluation], confirmed: bool) -> Best:
+    """The winning evaluation of a job with what finding it took; `tried` are all of the job's."""
+    assert winner.distance is not None
+    baseline = next(
+        (
+            one
+            for one in tried
+            if one.state == "complete"
+            and (one.seed, one.images) == (winner.seed, winner.images)
+            and set(one.lambdas) == {1.0}
+            and not one.parameters
+        ),
+        None,
+    )
+    searched = [one for one in tried if one.phase != CONFIRM]
+    confirming = [one for one in tried if one.phase == CONFIRM]
+    return Best(
+        model=job.model,
+        model_fingerprint=job.model_fingerprint,
+        dataset=job.dataset,
+        solver=job.solver,
+        sampling=job.sampling,
+        nfe=job.nfe,
+        k=winner.k,
+        b=winner.b,
+        lambdas=winner.lambdas,
+        parameters=winner.parameters,
+        distance=winner.distance,
+        standard_error=winner.standard_error,
+        baseline_distance=None if baseline is None else baseline.distance,
+        gain=winner.gain,
+        gain_error=winner.gain_error,
+        significant=None
+        if winner.gain is None or winner.gain_error is None
+        else winner.gain > 2 * winner.gain_error,
+        confirmed=confirmed,
+        images=winner.images,
+        seed=winner.seed,
+        metrics=winner.metrics,
+        evaluator=job.evaluator.fingerprint,
+        job_id=job.id,
+        number=winner.number,
+        status=job.status,
+        strategy=job.strategy,
+        trials=len(searched),
+        network_evaluations=sum(one.network_evaluations for one in searched),
+        seconds=math.fsum(one.seconds for one in searched),
+        confirm_network_evaluations=sum(one.network_evaluations for one in confirming),
+        confirm_seconds=math.fsum(one.seconds for one in confirming),
+    )

@@ -1,18 +1,20 @@
 """search.evaluator: the metrics of a job's confirming evaluations are those of the same images and features."""
 
 import numpy as np
+import optuna
 import pytest
 import torch
+from optuna.artifacts import get_all_artifact_meta
 from rich.console import Console
 
 from objectives.metrics import METRICS, Generated, Real, measure
 from objectives.reference import DIGITS_IMAGES, DIGITS_REFERENCE, read_images
 from samplers.errors import InputError
 from samplers.schedule import Schedule
-from search import runner
+from search import figures, runner
 from search.evaluator import Evaluator
 from search.spec import parse
-from storage import CONFIRM, open_store
+from storage import CONFIRM, Pictures, open_store
 
 # An exact denoiser of 8×8 Gaussian noise: no weights, and the digits features measure it.
 JOB = {
@@ -41,15 +43,19 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LAMTUNE_CACHE", str(tmp_path / "cache"))
 
 
+def url_of(folder):
+    return f"sqlite:///{folder}/store.db"
+
+
 def submitted(job, folder):
-    url = f"sqlite:///{folder}/store.db"
+    url = url_of(folder)
     (done,) = runner.submit(parse(job, "job.yaml", folder), url, Console(quiet=True))
     with open_store(url) as store:
         return done, store.evaluations(done.id), store.best("gauss", "digits", 4)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_metrics_are_measured_on_the_images_of_the_confirming_evaluations_and_reused_with_them(tmp_path):
+def test_metrics_and_pictures_are_of_the_images_of_the_confirming_evaluations_and_reused_with_them(tmp_path):
     job = {**JOB, "metrics": NAMES}
     done, evaluations, best = submitted(job, tmp_path)
     confirming = [e for e in evaluations if e.phase == CONFIRM]
@@ -65,11 +71,26 @@ def test_metrics_are_measured_on_the_images_of_the_confirming_evaluations_and_re
         assert dict(e.metrics) == pytest.approx(wanted, rel=1e-9)
     assert best.metrics == next(e for e in confirming if e.number == best.number).metrics
 
+    # Each has a picture of its first images, attached to its trial.
+    study = optuna.load_study(study_name=done.study_name, storage=url_of(tmp_path))
+    with open_store(url_of(tmp_path)) as store:
+        pictures = store.pictures(done.id)
+        for e in confirming:
+            (artifact,) = get_all_artifact_meta(study.trials[e.number], storage=study._storage)
+            assert (artifact.filename, artifact.mimetype) == ("images.png", "image/png")
+            assert Pictures(store).open_reader(artifact.artifact_id).read() == pictures[e.id]
+            schedule = Schedule(e.lambdas, e.k, e.b)
+            sampler = alone._sampler(spec.sampling[0], e.seed)
+            assert pictures[e.id] == figures.grid(sampler.images(schedule, 0, 64))
+    assert len(pictures) == 2
+
     # With fewer of them it is another job, and nothing is sampled: all is known.
     other, again, _ = submitted({**job, "metrics": NAMES[:2]}, tmp_path)
     assert other.id != done.id
     assert {e.reused is not None for e in again} == {True}
     assert [e.metrics for e in again if e.phase == CONFIRM] == [e.metrics for e in confirming]
+    with open_store(url_of(tmp_path)) as store:
+        assert sorted(store.pictures(other.id).values()) == sorted(pictures.values())
     # Those of a job without metrics lack what this one asks for: the distance is the same, measured again.
     _, before, _ = submitted({**JOB, "search": {**JOB["search"], "seed": 1}}, tmp_path)
     _, after, _ = submitted({**job, "search": {**JOB["search"], "seed": 1}}, tmp_path)
