@@ -122,7 +122,7 @@ class Trial(tune.Trainable):
         self._total: Any = None
         self._rung = 0  # the rung that is measured next, or now
         self._measuring = False
-        self._distance = 0.0
+        self._distance: float | None = None  # of the rung that is measured
         self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
         self._conclusion: tuple[Mapping[str, float] | None, bytes | None] = None, None
         self._images = self._computed = 0
@@ -153,14 +153,16 @@ class Trial(tune.Trainable):
                 self._left[call.rung] -= 1
                 self._measure()
                 return self._result()
-            if call.kind == "merge":
-                self._distance = value
-                continue
             if call.kind == "conclude":
                 self._conclusion = value
                 return self._rung_result()
-            self._influences[call.start] = value
-            if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
+            if call.kind == "merge":
+                self._distance = value
+            else:
+                self._influences[call.start] = value
+            asked = sum(end <= self._end for _, end, _ in self._features.values())
+            # Ray may name an influence as ready before the distance that it is derived from.
+            if self._distance is not None and len(self._influences) == asked:
                 if self._config.measured and self._end == self._config.rungs[-1]:
                     self._conclude()
                     continue
@@ -205,7 +207,7 @@ class Trial(tune.Trainable):
         worker = min(range(len(self._workers)), key=self._load.__getitem__)
         self._total, distance, sensitivity = self._workers[worker].merge.options(num_returns=3).remote(*refs)
         self._call(distance, _Call(worker, "merge", self._rung, 0, self._end))
-        self._measuring, self._influences = True, {}
+        self._measuring, self._distance, self._influences = True, None, {}
         for start, (holder, stop, features) in self._features.items():
             if stop <= self._end:  # where they were made: features do not travel
                 influence = self._workers[holder].influences.remote(sensitivity, features)
@@ -222,10 +224,11 @@ class Trial(tune.Trainable):
 
     def _rung_result(self) -> dict[str, Any]:
         influences = np.concatenate([self._influences[start] for start in sorted(self._influences)])
-        images, self._rung, self._measuring = self._end, self._rung + 1, False
+        images, distance = self._end, self._distance
+        self._rung, self._measuring = self._rung + 1, False
         self._measure()
         return self._result(
-            distance=self._distance,
+            distance=distance,
             influence=block_means(influences),
             images=images,
             metrics=self._conclusion[0],
