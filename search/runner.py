@@ -28,7 +28,7 @@ from objectives.metrics import check, need_real
 from objectives.reference import Reference, has_images
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
-from search import blocks, planning, pool, tuner
+from search import blocks, dashboard, planning, pool, tuner
 from search.evaluator import BLOCK, Evaluator, accelerator, precision
 from search.ms_eps import Complete, complete
 from search.planning import Start
@@ -259,6 +259,7 @@ def _run(
                     )
                     tuner.run_trials(search, workers, one.sampling, _unit(resources))
                     search.check()
+                dashboard.publish(store, one.job.id)
         finally:
             pool.stop_workers(workers)
 
