@@ -51,8 +51,9 @@ class _Json:
 
 
 def note(found: Findings) -> str:
-    """Markdown: the answer and every table."""
+    """Markdown: the answer, every table, and what is to be known of the plots."""
     parts = [f"# {found.title}", found.answer, *(pages.markdown_table(table) for table in found.tables)]
+    parts += ["## Plots", *(f"{plot.title}: {plot.note}" for plot in found.plots if plot.note)]
     return "\n\n".join(parts)
 
 
@@ -62,7 +63,7 @@ def plotly(plot: Plot) -> dict[str, Any]:
     width = (1 - 0.08 * (count - 1)) / count
     data: list[dict[str, Any]] = []
     layout: dict[str, Any] = {
-        "title": {"text": f"{plot.title}<br><sub>{plot.note}</sub>"},
+        "title": {"text": plot.title},
         "annotations": [],
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -75,8 +76,9 @@ def plotly(plot: Plot) -> dict[str, Any]:
     for place, panel in enumerate(plot.panels):
         suffix = "" if place == 0 else str(place + 1)
         left = place * (width + 0.08)
+        label = plot.x_label if place == count // 2 else ""  # once, or long ones would overlap
         axis: dict[str, Any] = {
-            "title": {"text": plot.x_label},
+            "title": {"text": label},
             "domain": [left, left + width],
             "anchor": f"y{suffix}",
         }
@@ -98,9 +100,11 @@ def plotly(plot: Plot) -> dict[str, Any]:
         layout |= {f"xaxis{suffix}": axis, f"yaxis{suffix}": side}
         layout["annotations"].append(
             {
-                "text": panel.title,
+                "text": panel.title.replace(", ", "<br>"),
                 "x": left + width / 2,
-                "y": 1.06,
+                "xanchor": "center",
+                "y": 1.0,
+                "yanchor": "bottom",
                 "xref": "paper",
                 "yref": "paper",
                 "showarrow": False,
