@@ -63,7 +63,8 @@ def main() -> None:
     What was found:    lamtune best --model M --dataset D --nfe 20
     Use it elsewhere:  lamtune export --model M --dataset D --nfe 20
     Why it helps:      lamtune diagnose job.yaml --schedule best
-    Look at it:        lamtune report ID -o report.html, lamtune dashboard
+    Look at it:        lamtune watch ID, lamtune report ID -o report.html, lamtune dashboard
+    Complete words:    eval "$(_LAMTUNE_COMPLETE=bash_source lamtune)"     (or zsh_source, fish_source)
     """
 
 
@@ -165,6 +166,23 @@ def status(job: str, cluster: str | None, store: str) -> None:
 
     with open_store(store) as opened:
         click.echo(job_as_text(opened.job(int(job)), opened.evaluations(int(job))))
+
+
+@main.command()
+@click.argument("job", type=int, metavar="ID")
+@_store_option
+def watch(job: int, store: str) -> None:
+    """Follow a running search by its number in the store until it is over; Ctrl-C stops watching, not the search."""
+    from rich.console import Console
+
+    from search.watch import follow
+    from storage import open_store
+
+    with open_store(store) as opened:
+        try:
+            follow(opened, job, Console())
+        except KeyboardInterrupt:
+            click.echo(f"lamtune: stopped watching; job {job} goes on", err=True)
 
 
 @main.command()

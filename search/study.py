@@ -23,6 +23,7 @@ from samplers.errors import LamtuneError
 from samplers.schedule import Schedule
 from search.strategies.base import Candidate, Point, Signal, Strategy, bends, slope
 from search.tuner import Progress, TrialConfig
+from search.watch import EXPECTED
 from storage import CONFIRM, Evaluation, Job, Pictures, Store
 
 # Wider than any search, so that all trials of all studies share them, which Optuna's plots need.
@@ -166,7 +167,9 @@ class Search:
                 self._copy(running, known)
                 continue
             self._running[trial_id] = running
-            self._watcher.started(running.evaluation, images, self._strategy.expected_trials(history))
+            expected = self._strategy.expected_trials(history)
+            self._study.set_user_attr(EXPECTED, expected)
+            self._watcher.started(running.evaluation, images, expected)
             return TrialConfig(
                 schedule=schedule,
                 parameters=dict(candidate.parameters),
