@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,12 +151,17 @@ def _scale(axes: "Axes", plot: "Plot", panel: "Panel") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def inline_svg(plot: "Plot") -> str:
-    """A plot as an SVG element for a page of HTML, whose text colour it takes."""
+def _plain_svg(plot: "Plot") -> AbstractContextManager[None]:
+    """SVG whose text is text, in the reader's font, and the same whenever it is written; ids differ between plots."""
     from matplotlib import rc_context
 
+    return rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.key, "font.family": "sans-serif"})
+
+
+def inline_svg(plot: "Plot") -> str:
+    """A plot as an SVG element for a page of HTML, whose text colour it takes."""
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.key, "font.family": "sans-serif"}):
+    with _plain_svg(plot):
         draw(plot, _INK).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().replace(_INK, "currentColor")
     return text[text.index("<svg") :]
@@ -185,7 +191,8 @@ def save_plot(plot: "Plot", path: Path) -> None:
     """Write a plot on white, as `save` does."""
     figure = draw(plot)
     figure.set_facecolor("white")
-    save(figure, path)
+    with _plain_svg(plot):
+        save(figure, path)
 
 
 def _signs(text: str) -> str:
@@ -209,7 +216,8 @@ def _finish(axes: "Axes", title: str, label: str, nfe: int) -> None:
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure; the file's ending says how. Raises InputError."""
     try:
-        figure.savefig(path, dpi=150)
+        dated = {"Date": None} if path.suffix == ".svg" else None  # the same file for the same picture
+        figure.savefig(path, dpi=150, metadata=dated)
     except ValueError as error:  # an ending that it does not know
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
