@@ -27,7 +27,17 @@ from samplers.schedule import Schedule
 # makes a short trial a third as long as calls of 2,000 would, and a long one a fifth longer; on a processor what its
 # caches hold.
 _ELEMENTS = {"cuda": 500 * 3 * 32 * 32, "cpu": 16_384}
-_SIZES = (500, 250, 125, 50, 25, 10, 5, 2, 1)  # images of one call, which divide most ranges that are asked for
+_SIZES = (
+    500,
+    250,
+    125,
+    50,
+    25,
+    10,
+    5,
+    2,
+    1,
+)  # images of one call, which divide most ranges that are asked for
 _SHARE = 0.5  # of the free memory of a GPU that a call may take; features, noise and decoders want some too
 _PROBE = 8  # images whose memory is measured
 Observe = Callable[[int, Tensor, Tensor], None]
