@@ -23,9 +23,9 @@ from samplers.prediction import Predict, Prediction
 from samplers.sampling import Plan, Solver
 from samplers.schedule import Schedule
 
-# Elements of x that one network call takes when nobody says: 500 images of 3×32×32 on a GPU, where a replayed CUDA graph
-# makes a short trial a third as long as calls of 2,000 would, and a long one a fifth longer; on a processor what its
-# caches hold.
+# Elements of x that one network call takes when nobody says: 500 images of 3×32×32 on a GPU, where the replay of a
+# CUDA graph makes a short trial a third as long as calls of 2,000 would, and a long one a fifth longer; on a processor
+# what its caches hold.
 _ELEMENTS = {"cuda": 500 * 3 * 32 * 32, "cpu": 16_384}
 _SIZES = (
     500,

@@ -375,7 +375,10 @@ def units(rungs: Sequence[int], unit: int, workers: int = 1) -> list[tuple[int, 
         each = -(-(end - start) // workers)
         each = min(unit, -(-each // _BLOCK) * _BLOCK)
         while start < end:
-            stop = min(start // _BLOCK * _BLOCK + each, end)
+            stop = start + each
+            if each > _BLOCK:
+                stop -= stop % _BLOCK
+            stop = min(stop, end)
             calls.append((rung, start, stop))
             start = stop
     return calls

@@ -54,6 +54,6 @@ class Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network answers."""
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         # The next replay writes over the answer of this one.
         return tree_map_only(torch.Tensor, torch.Tensor.clone, self._call(*args, **kwargs))

@@ -28,9 +28,8 @@ from search.strategies import line
 from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step, bend_basis
 from search.strategies.surface import Sample, Surface, Vector, fit
 
-_LOSS = 5e-4  # of the distance: an expected loss that is not worth more images
-_CLEAR = 1.0  # coordinates are moved for a gain of more than so many times the loss that they add
-_REACH = 1.0  # of the half width: how far from where it was expected a fitted minimum is believed
+_LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
+_REACH = 1.0  # of a half width: how far from where it was expected a fitted minimum is believed
 _ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
 _SHARE = 0.3  # of what the exploration left, for the middle round
 _STEP = 0.3  # from base to partner, in half widths, at least
@@ -40,14 +39,12 @@ _REBASE = 0.4  # of a half width: a base farther from the minimum is left
 _FAR = 0.8  # the same, for another round on as many images
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
 _GRID = 250  # image counts of rounds are multiples of this
-_BENT = 2.0  # half widths of k and bends, in root mean squares of λ, over that of the mean: the paper's tables of k
+# The half width of k and bends, as the root mean square of the change of λ, over that of the mean. By the paper's
+# tables of b and k and by the recorded network it is 1.2 to 2.1; too wide a guess costs less than too narrow a one.
+_BENT = 2.0
+_EXPECTED = 0.7  # the curvature along a coordinate is what its half width says, give or take this share
+_WINDOW = 1.0  # the same where the half width is that of a window of few images
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
-
-
-def usual_budget(images: int, axes: int) -> int:
-    """Images for a search over so many axes, of at most `images` each: what base and partners take on nearly as many,
-    and the exploration."""
-    return round(1.1 * images * (axes + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,8 @@ class _Known:
 
     rung: int
     points: Mapping[Setting, Sequence[Point]]
+    low: Vector
+    high: Vector
     samples: dict[Setting, Sample] = field(default_factory=dict)
     asked: dict[Setting, set[int]] = field(default_factory=dict)
     images: int = 0
@@ -139,7 +138,8 @@ class AdaptiveStrategy:
         return self._plan(history).wanted or FINISHED
 
     def finalists(self, history: History) -> tuple[Candidate, ...]:
-        """The minimum of the surface, then those for fewer coordinates: a line, a uniform λ."""
+        """The minimum of the surface, then those of fewer coordinates (a line, a uniform λ) and, after the simpler one,
+        those whose gain is less than what their own uncertainty loses."""
         return self._plan(history).finalists
 
     def expected_trials(self, history: History) -> int:
@@ -160,7 +160,7 @@ class AdaptiveStrategy:
         for point in history:
             if point.state != "running" and not point.fresh:
                 points.setdefault(point.setting, []).append(point)
-        known = _Known(self.rung, points)
+        known = _Known(self.rung, points, *self._bounds())
         baseline = Candidate("baseline", 1, 0, images=self.rung)
         value = known.value(baseline, self.rung)
         if value is None:
@@ -205,12 +205,13 @@ class AdaptiveStrategy:
             if candidate is not None and value < math.inf:
                 known.use(candidate, self._position(candidate), self.rung)
             x = ask(values, start, step, axis.low, axis.high)
+        known.low[a], known.high[a] = line.finite(values, axis.low, axis.high)
         found = line.window(values) if axis.step is not None else None
         if found is None:
             centre[a] = min(values, key=lambda x: (values[x], abs(x - start)))
         else:
             vertex, widths[a] = found
-            centre[a] = min(max(line.rounded(vertex, widths[a]), axis.low), axis.high)
+            centre[a] = min(max(line.rounded(vertex, widths[a]), known.low[a]), known.high[a])
         return None
 
     def _refine(self, known: _Known, centre: Vector, widths: Vector) -> _Plan:
@@ -218,13 +219,13 @@ class AdaptiveStrategy:
         surface = self._fit(known, centre, widths)
         if surface is None:
             return self._end(known, None, centre, centre, widths)
-        at = base = self._believed(surface, centre, widths)
+        at = base = self._believed(known, surface, centre, widths)
         steps = np.full(len(at), _STEP)
         images = self.rung
         middle = int(_SHARE * (self.budget - known.images)) // (len(at) + 1)
         far = moved = True
         for _ in range(_ROUNDS):
-            positions = self._around(base, steps, widths)
+            positions = self._around(known, base, steps, widths)
             reused = sum(self._images(known, position) for position in positions)
             affordable = (self.budget - known.images + reused) // len(positions)
             count = _gridded(min(self.images, affordable, math.ceil(images * self._need(known, surface))))
@@ -237,7 +238,7 @@ class AdaptiveStrategy:
                 return _Plan(wanted)
             images = count
             surface = self._fit(known, at, widths) or surface
-            at = self._believed(surface, at, widths)
+            at = self._believed(known, surface, at, widths)
             away = (at - base) / widths
             distance = math.sqrt(np.mean(away**2))
             far = distance > _FAR
@@ -250,14 +251,14 @@ class AdaptiveStrategy:
                 steps = np.where(off, np.sign(away) * np.clip(np.abs(2 * away), _STEP, _MIRRORED), steps)
         return self._end(known, surface, at, centre, widths)
 
-    def _around(self, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
+    def _around(self, known: _Known, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
         """The base, and its partner along each coordinate that has room for one."""
         positions = [base]
-        for a, axis in enumerate(self.axes):
+        for a in range(len(base)):
             for step in (steps[a], -steps[a]):
                 position = base.copy()
-                position[a] = min(max(base[a] + step * widths[a], axis.low), axis.high)
-                position = self._rounded(position, widths)
+                position[a] = min(max(base[a] + step * widths[a], known.low[a]), known.high[a])
+                position = self._rounded(known, position, widths)
                 if abs(position[a] - base[a]) > 0.5 * _STEP * widths[a]:
                     positions.append(position)
                     break
@@ -291,7 +292,8 @@ class AdaptiveStrategy:
     def _end(
         self, known: _Known, surface: Surface | None, at: Vector, explored: Vector, widths: Vector
     ) -> _Plan:
-        """The finalists: the minimum over all coordinates, over a line, over a uniform λ, where each is worth it.
+        """The finalists: the minimum over all coordinates, over a line, over a uniform λ. One whose gain is not clear
+        comes after the simpler one.
 
         at: about where the first is. explored: where the lines led to, from which the others are not far.
         """
@@ -300,22 +302,23 @@ class AdaptiveStrategy:
         names = [axis.name for axis in self.axes]
         sizes = sorted({names.index(name) + 1 for name in ("mean", "k") if name in names} | {len(names)})
         found: list[Vector] = []
-        for before, size in zip([0, *sizes], sizes, strict=False):
-            low, high = self._bounds()
+        for before, size in zip([0, *sizes[:-1]], sizes, strict=True):
+            low, high = known.low.copy(), known.high.copy()
             for a, axis in enumerate(self.axes[size:], size):
                 low[a] = high[a] = axis.start
             if size == len(names):
-                least = self._believed(surface, at, widths)
+                least = self._believed(known, surface, at, widths)
             else:
                 near = np.clip(explored, low, high)
-                nearby = fit(tuple(known.samples.values()), near, widths, low, high) or surface
-                least = self._rounded(_clipped(nearby.least(low, high), near, widths, low, high), widths)
-            if found:
-                gain = surface.value(found[-1]) - surface.value(least)
-                if gain <= _CLEAR * surface.regret * (size - before) / len(names):
-                    continue
-            found.append(least)
-        return _Plan(finalists=self._finalists(found[::-1]), loss=surface.regret)
+                nearby = fit(tuple(known.samples.values()), near, widths, low, high, self._doubt) or surface
+                least = self._rounded(
+                    known, _clipped(nearby.least(low, high), near, widths, low, high), widths
+                )
+            gain = surface.value(found[0]) - surface.value(least) if found else math.inf
+            clear = gain > surface.regret * (size - before) / len(names)  # than the loss that they add
+            if gain > 0:
+                found.insert(0 if clear else 1, least)
+        return _Plan(finalists=self._finalists(found), loss=surface.regret)
 
     def _finalists(self, positions: Sequence[Vector]) -> tuple[Candidate, ...]:
         found = [self._candidate("final", position, self.rung) for position in positions]
@@ -325,19 +328,23 @@ class AdaptiveStrategy:
     # ---- coordinates
 
     def _fit(self, known: _Known, centre: Vector, widths: Vector) -> Surface | None:
-        return fit(tuple(known.samples.values()), centre.copy(), widths, *self._bounds())
+        return fit(tuple(known.samples.values()), centre.copy(), widths, known.low, known.high, self._doubt)
+
+    @property
+    def _doubt(self) -> Vector:
+        return np.array([_EXPECTED if axis.step is None else _WINDOW for axis in self.axes])
 
     def _bounds(self) -> tuple[Vector, Vector]:
         return np.array([axis.low for axis in self.axes]), np.array([axis.high for axis in self.axes])
 
-    def _believed(self, surface: Surface, centre: Vector, widths: Vector) -> Vector:
-        return self._rounded(_clipped(surface.minimum, centre, widths, *self._bounds()), widths)
+    def _believed(self, known: _Known, surface: Surface, centre: Vector, widths: Vector) -> Vector:
+        return self._rounded(known, _clipped(surface.minimum, centre, widths, known.low, known.high), widths)
 
-    def _rounded(self, position: Vector, widths: Vector) -> Vector:
+    def _rounded(self, known: _Known, position: Vector, widths: Vector) -> Vector:
         """As people write it: a stride of a hundredth of the window or a little more."""
-        low, high = self._bounds()
         rounded = np.array([line.rounded(x, w) for x, w in zip(position, widths, strict=True)])
-        return np.clip(rounded, low, high)
+        inside: Vector = np.clip(rounded, known.low, known.high)
+        return inside
 
     def _step(self, axis: Axis, widths: Vector) -> float:
         if axis.step is not None:

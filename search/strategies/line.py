@@ -40,7 +40,7 @@ def window(values: Mapping[float, float]) -> tuple[float, float] | None:
 def bracket(
     values: Mapping[float, float], start: float, step: float, low: float, high: float
 ) -> float | None:
-    """Where to measure next, inside [low, high] and new; None when the window is known, or the line is exhausted.
+    """Where to measure next, inside [low, high] and new; None when the best value has others on either side.
 
     values: position → distance, +inf where there is none; it holds `start`. step: the first one, signed by where the
     minimum is expected; its size should change the distance noticeably.
@@ -70,6 +70,7 @@ def bracket(
 
 
 def ask(values: Mapping[float, float], start: float, step: float, low: float, high: float) -> float | None:
+    """The same, and on until the window is known, or the line is exhausted."""
     x = bracket(values, start, step, low, high)
     found = window(values)
     if x is not None or found is None or len(values) >= _MOST:
@@ -87,6 +88,21 @@ def ask(values: Mapping[float, float], start: float, step: float, low: float, hi
         if low <= x <= high:
             return _new(values, rounded(x, half))
     return None
+
+
+def finite(values: Mapping[float, float], low: float, high: float) -> tuple[float, float]:
+    """The part of [low, high] around the best value beyond which a value is not there."""
+    best = _best(values)
+    gone = [x for x in values if not math.isfinite(values[x])]
+    there = [x for x in values if math.isfinite(values[x])] or [best]
+    above, below = (
+        min((x for x in gone if x > best), default=None),
+        max((x for x in gone if x < best), default=None),
+    )
+    return (
+        low if below is None else min(x for x in there if x > below),
+        high if above is None else max(x for x in there if x < above),
+    )
 
 
 def _best(values: Mapping[float, float]) -> float:

@@ -25,13 +25,12 @@ Matrix = NDArray[np.float64]
 
 # What is expected of a curve before it is measured, in half widths and shares of RISE of the least distance:
 _SLOPE = 4.0  # a slope is 0, give or take: the minimum is within two half widths
-_CURVE = 0.7  # a second derivative is what the widths say, give or take this share
-_CROSS = 0.5  # a mixed one is 0, give or take
-_LEAST = 0.2  # no curvature is believed to be less than this
+_CROSS = 0.5  # a mixed second derivative is 0, give or take, in two dimensions
+_LEAST = 0.2  # no curvature is believed to be less than this share of what is expected
 _CUBIC = 0.3  # a cubic term along a coordinate is 0, give or take
 _BEYOND = 0.4  # and what is left, as the fourth power
 _FLOOR = 3e-3  # and near the minimum
-_FITS = 3
+_FITS = 3  # around the minimum of the one before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +48,7 @@ class Surface:
     """distance(x) = constant + slope·(x − centre) + (x − centre)ᵀ curve (x − centre), with what is known of it.
 
     minimum: where it is least inside the bounds. covariance [p, p]: of `minimum`. regret: the distance that is
-    expected to be lost because the true minimum is elsewhere: tr(curve·covariance). free: the coordinates that no
-    bound holds at the minimum.
+    expected to be lost because the true minimum is elsewhere: tr(curve·covariance).
     """
 
     centre: Vector
@@ -59,7 +57,6 @@ class Surface:
     minimum: Vector
     covariance: Matrix
     regret: float
-    free: tuple[int, ...]
 
     def value(self, x: Vector) -> float:
         """The distance at x minus that at the centre."""
@@ -73,20 +70,21 @@ class Surface:
 
 
 def fit(
-    samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector
+    samples: Sequence[Sample], centre: Vector, widths: Vector, low: Vector, high: Vector, doubt: Vector
 ) -> Surface | None:
-    """The surface through the samples; None where they do not determine one with a minimum.
+    """The surface through the samples; None where no two can be compared.
 
     centre: about where the minimum is. widths [p]: how far from there along each coordinate the distance has risen
-    noticeably; the scale of the problem. low, high [p]: bounds of the minimum, infinite where there are none.
+    noticeably; the scale of the problem, which says how large second derivatives are, give or take the share `doubt`
+    [p]. low, high [p]: bounds of the minimum, infinite where there are none.
 
-    Cubic terms along the coordinates take up that curves are steeper on one side; the surface is their expansion at
-    the minimum, which is found by fitting again around the one found before.
+    What a surface is not expected to be is noise that grows with the distance from the centre, so the nearest samples
+    count most; the minimum that they lead to becomes the next centre.
     """
     found = None
     per_image = BLOCK * _covariance([sample.influence for sample in samples])
     for _ in range(_FITS):
-        next_one = _fit(samples, per_image, centre, widths, low, high)
+        next_one = _fit(samples, per_image, centre, widths, low, high, doubt)
         if next_one is None:
             break
         found = next_one
@@ -98,7 +96,13 @@ def fit(
 
 
 def _fit(
-    samples: Sequence[Sample], per_image: Matrix, centre: Vector, widths: Vector, low: Vector, high: Vector
+    samples: Sequence[Sample],
+    per_image: Matrix,
+    centre: Vector,
+    widths: Vector,
+    low: Vector,
+    high: Vector,
+    doubt: Vector,
 ) -> Surface | None:
     p = len(centre)
     observed = [(i, n) for i, sample in enumerate(samples) for n in sample.rungs]
@@ -124,8 +128,8 @@ def _fit(
         [
             np.full(len(rungs), np.inf),
             np.full(p, _SLOPE * rise),
-            np.where(pure, _CURVE, 2 * _CROSS / math.sqrt(max(p - 1, 1)))
-            * rise,  # u_a·u_b has the coefficient 2·H_ab
+            # u_a·u_b has the coefficient 2·H_ab. The more coordinates, the less there is for each pair.
+            np.where(pure, doubt[rows], 2 * _CROSS / math.sqrt(max(p - 1, 1))) * rise,
         ]
     )
     noise = _noise(per_image, observed, u, rise)
@@ -157,7 +161,6 @@ def _fit(
         minimum=centre + widths * least,
         covariance=spread * np.outer(widths, widths),
         regret=float(np.trace(curve @ spread)),
-        free=free,
     )
 
 
@@ -169,27 +172,30 @@ def _noise(per_image: Matrix, observed: Sequence[tuple[int, int]], u: Vector, ri
     """
     which = np.array([i for i, _ in observed])
     images = np.array([n for _, n in observed])
-    noise = per_image[np.ix_(which, which)] / np.maximum.outer(images, images)
+    noise: Matrix = per_image[np.ix_(which, which)] / np.maximum.outer(images, images)
     cubic = (_CUBIC * rise) ** 2 * u**3 @ (u**3).T
     beyond = (_BEYOND * rise) ** 2 * (u**8).sum(1)
     floor = (_FLOOR * rise) ** 2
     same = which[:, None] == which
-    return noise + cubic + np.where(same, beyond + floor, 0.0) + np.eye(len(observed)) * floor
+    noise += cubic + np.where(same, beyond + floor, 0.0) + np.eye(len(observed)) * floor
+    return noise
 
 
 def _covariance(influences: Sequence[Influence | None]) -> Matrix:
     """Of the block means of every two trials, over the blocks that both have; 0 where there are none."""
     m = len(influences)
-    found = np.zeros((m, m))
-    lengths = np.array([0 if influence is None else len(influence) for influence in influences])
+    found: Matrix = np.zeros((m, m))
+    blocks = [np.zeros(0) if influence is None else influence.astype(np.float64) for influence in influences]
+    lengths = np.array([len(influence) for influence in blocks])
     shorter = np.minimum.outer(lengths, lengths)
     for length in sorted(set(lengths[lengths > 1])):
         long = [i for i in range(m) if lengths[i] >= length]
-        both = np.atleast_2d(np.cov([influences[i][:length].astype(np.float64) for i in long]))
+        both = np.atleast_2d(np.cov([blocks[i][:length] for i in long]))
         here = np.ix_(long, long)
         found[here] = np.where(shorter[here] == length, both, found[here])
     values, vectors = np.linalg.eigh(found)  # from different numbers of blocks: not quite a covariance
-    return (vectors * values.clip(min=0)) @ vectors.T
+    found = (vectors * values.clip(min=0)) @ vectors.T
+    return found
 
 
 def _solve(

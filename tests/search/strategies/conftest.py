@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from benchmarks.search import PUBLISHED
 from search.strategies.base import FINISHED, Point, Signal, Strategy
 
 Curve = Callable[[float], float]
@@ -73,19 +74,7 @@ def search() -> Callable[[Strategy, Surface], list[tuple[str, Point]]]:
 @pytest.fixture(scope="session")
 def published_b() -> dict[str, Table]:
     """FID over b (k = 0), CIFAR-10: the sensitivity tables of the paper, with the baseline."""
-    return {
-        "ADM NFE 100": [
-            (1, 3.37),
-            (1.015, 2.20),
-            (1.016, 2.18),
-            (1.017, 2.17),
-            (1.018, 2.21),
-            (1.019, 2.31),
-        ],
-        "ADM NFE 50": [(1, 4.43), (1.015, 2.53), (1.016, 2.51), (1.017, 2.49), (1.018, 2.53), (1.019, 2.55)],
-        "EDM NFE 35": [(1, 1.97), (1.0005, 1.948), (1.0006, 1.947), (1.0007, 1.949), (1.0008, 1.953)],
-        "EDM NFE 13": [(1, 7.16), (1.004, 6.60), (1.005, 6.55), (1.006, 6.54), (1.007, 6.55)],
-    }
+    return PUBLISHED
 
 
 @pytest.fixture(scope="session")
