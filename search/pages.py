@@ -120,6 +120,10 @@ def _markdown(found: Findings, plots: Path | None) -> str:
     parts += [markdown_table(table) for table in found.tables]
     if plots is not None:
         parts += [f"## {plot.title}\n\n![{plot.title}]({plots / plot.key}.svg)" for plot in found.plots]
+        shown = [
+            f"{caption}\n\n![{caption}]({plots}/images-{n}.png)" for n, caption in enumerate(found.pictures)
+        ]
+        parts += ["## Images", *shown] if shown else []
     parts.append(f"## The job file\n\n```yaml\n{_job_file(found)}```")
     return "\n\n".join(parts) + "\n"
 

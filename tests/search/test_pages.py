@@ -68,7 +68,8 @@ def test_markdown_has_every_table_and_links_to_the_plots(found):
     text = pages.write(found, "md", Path("pictures"))
     for table in found.tables:
         assert f"## {table.title}" in text
-    assert text.count("![") == len(found.plots)
+    assert text.count("![") == len(found.plots) + len(found.pictures)
+    assert "](pictures/images-0.png)" in text
     assert "](pictures/cost.svg)" in text
     blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
     assert len(blocks) == len(found.tables)

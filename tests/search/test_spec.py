@@ -69,7 +69,10 @@ def test_metrics_want_images_of_the_confirmation(tmp_path):
     spec = parse(changed(metrics=["kid", "recall"], search={"confirm": 50}), "j", tmp_path)
     assert spec.metrics == ("kid", "recall")
     for keys, message in (
-        ({"metrics": ["kid"], "search": {"confirm": 0}}, "measured on search.confirm images, 0 here"),
+        (
+            {"metrics": ["kid"], "search": {"strategy": "paper", "confirm": 0}},
+            "measured on search.confirm images, 0 here",
+        ),
         ({"metrics": ["kid", "kid"]}, "metrics: each once: kid, kid"),
     ):
         with pytest.raises(InputError, match=message):
