@@ -16,6 +16,7 @@ import numpy as np
 from objectives.paired import unpack
 from samplers.schedule import Schedule
 from search.strategies import line
+from search.strategies.adaptive import WINDOW
 from search.strategies.base import slope
 from search.strategies.surface import Sample, Surface, fit
 from storage import Evaluation, Job
@@ -108,7 +109,7 @@ def surface(job: Job, evaluations: Sequence[Evaluation]) -> Fitted | None:
     centre, widths = (np.array(part) for part in zip(*windows, strict=True))
     samples = [Sample(np.array(position(e)), e.rungs, unpack(e.influence)) for e in tried]
     unbounded = np.full(2, np.inf)
-    found = fit(samples, centre, widths, -unbounded, unbounded)
+    found = fit(samples, centre, widths, -unbounded, unbounded, np.full(2, WINDOW))
     if found is None or (np.abs(found.minimum - centre) > _REACH * widths).any():
         return None
     return Fitted(found, (float(widths[0]), float(widths[1])), max(e.images for e in tried))

@@ -1,4 +1,4 @@
-"""search.evaluator: the metrics of a confirming evaluation, computed by workers, are those of its images and features."""
+"""search.tuner and search.evaluator: the metrics of confirming evaluations are those of their images and features."""
 
 import numpy as np
 import optuna
