@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from objectives.paired import difference_error, first, unpack
 from storage import CONFIRM, STALE_S, Best, Evaluation, Job
 
 _ORDER = (
@@ -79,6 +78,8 @@ def runner_up(best: Best, tried: Sequence[Evaluation]) -> RunnerUp | None:
 
     Each is compared at the most images that both have. None where there is no other, or no influence is known.
     """
+    from objectives.paired import difference_error, first, unpack  # numpy, which no other report needs
+
     winner = next(one for one in tried if one.number == best.number)
     mine = unpack(winner.influence)
     found = []

@@ -14,7 +14,7 @@ COUNT = 12
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LAMTUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "references"
 
@@ -43,11 +43,11 @@ def job(tmp_path):
     return make
 
 
-def test_statistics_are_estimated_once_and_kept_beside_the_reference_statistics(job, network, cache):
+def test_statistics_are_estimated_once_and_kept_beside_the_reference_statistics(job, network, own_cache):
     seen = []
     first = ms_eps.complete(job(nfe=[5, 9]), network, CPU, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (COUNT * 30, COUNT * 30)
-    (file,) = cache.iterdir()
+    (file,) = own_cache.iterdir()
     assert [ready.sampling.ms_eps for ready in first] == [str(file), str(file)]
     assert [ready.sampling.nfe for ready in first] == [5, 9]
     assert len({ready.ms_eps for ready in first}) == 1
@@ -56,33 +56,33 @@ def test_statistics_are_estimated_once_and_kept_beside_the_reference_statistics(
     assert seen == []
 
 
-def test_another_number_of_images_gives_other_statistics_unless_there_are_no_more(job, network, cache):
+def test_another_number_of_images_gives_other_statistics_unless_there_are_no_more(job, network, own_cache):
     known = [ms_eps.complete(job(ms_eps_images=n), network, CPU)[0].ms_eps for n in (6, COUNT, 2 * COUNT)]
     assert known[0] != known[1] == known[2]
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(own_cache.iterdir())) == 2
 
 
-def test_the_images_of_the_dataset_go_before_its_reference(job, network, cache):
+def test_the_images_of_the_dataset_go_before_its_reference(job, network, own_cache):
     (direct,) = ms_eps.complete(job(), network, CPU)
     (beside,) = ms_eps.complete(job({"reference": "digits", "images": "images.npz"}), network, CPU)
     assert beside == direct
 
 
-def test_a_file_is_known_by_its_content_wherever_it_lies(job, network, cache, tmp_path):
+def test_a_file_is_known_by_its_content_wherever_it_lies(job, network, own_cache, tmp_path):
     for name, last in (("a.pth", 1), ("b.pth", 1), ("c.pth", 0.5)):
         torch.save(np.linspace(0, last, 31, dtype=np.float32), tmp_path / name)
     a, b, c = (
         ms_eps.complete(job(ms_eps=name), network, CPU)[0].ms_eps for name in ("a.pth", "b.pth", "c.pth")
     )
     assert a == b != c
-    assert not cache.exists()
+    assert not own_cache.exists()
 
 
-def test_what_needs_no_statistics_stays_as_it_is(job, network, cache):
+def test_what_needs_no_statistics_stays_as_it_is(job, network, own_cache):
     for sampling in ({"variance": "fixed_small"}, {"solver": "ddim"}, {"solver": "ldm_ddim"}):
         spec = job({"reference": "digits"}, **sampling)
         assert ms_eps.complete(spec, network, CPU) == (ms_eps.Complete(spec.sampling[0]),)
-    assert not cache.exists()
+    assert not own_cache.exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
@@ -64,9 +65,10 @@ def submitted(job, folder, console, name="store.db"):
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_same_job_gives_the_same_distances_on_any_number_of_workers(tmp_path, quiet):
+def test_the_same_job_gives_the_same_distances_on_any_number_of_workers(tmp_path, quiet, forget):
     results = {}
     for workers, micro_batch in ((1, "auto"), (2, 64), (3, 37)):
+        forget()
         job = changed("resources", workers=workers, micro_batch=micro_batch)
         _, (evaluations,) = submitted(job, tmp_path, quiet, f"{workers}.db")
         results[workers] = [(e.lambdas, e.images, dict(e.rungs)) for e in evaluations]
@@ -241,15 +243,13 @@ def test_a_second_search_on_a_sqlite_file_is_sent_to_postgresql(tmp_path, quiet)
         assert store.jobs() == ()
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_killed_worker_costs_its_calls_and_changes_no_distance(tmp_path, quiet):
-    job = changed("search", images=3000, rungs=[1000])
-    _, (undisturbed,) = submitted(job, tmp_path, quiet, "undisturbed.db")
-    killed = []
+@contextmanager
+def one_worker_killed():
+    """Kill a worker while it samples, once, at any time inside of the block."""
+    killed, over = [], threading.Event()
 
-    def kill_one_while_it_samples():
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
+    def kill():
+        while not killed and not over.is_set():
             for process in psutil.process_iter(["cmdline"]):
                 if "".join(process.info["cmdline"] or []).startswith("ray::SamplerWorker.sample"):
                     process.kill()
@@ -257,11 +257,23 @@ def test_a_killed_worker_costs_its_calls_and_changes_no_distance(tmp_path, quiet
                     return
             time.sleep(0.01)
 
-    killer = threading.Thread(target=kill_one_while_it_samples)
+    killer = threading.Thread(target=kill)
     killer.start()
-    _, (disturbed,) = submitted(job, tmp_path, quiet, "disturbed.db")
-    killer.join()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
     assert killed
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_costs_its_calls_and_changes_no_distance(tmp_path, quiet, forget):
+    job = changed("search", images=3000, rungs=[1000])
+    _, (undisturbed,) = submitted(job, tmp_path, quiet, "undisturbed.db")
+    forget()
+    with one_worker_killed():
+        _, (disturbed,) = submitted(job, tmp_path, quiet, "disturbed.db")
     assert [(e.lambdas, e.state, dict(e.rungs)) for e in disturbed] == [
         (e.lambdas, e.state, dict(e.rungs)) for e in undisturbed
     ]
@@ -325,3 +337,166 @@ def test_a_killed_driver_goes_on_where_it_stopped(tmp_path):
         assert "interrupted" in after[1].error
         assert {e.state for e in after[2:]} == {"complete"}
         assert len({e.lambdas for e in after if e.state == "complete"}) == len(after) - 1  # nothing twice
+
+
+# --- the adaptive search --------------------------------------------------------------------------------------------
+
+ADAPTIVE = {**JOB, "search": {"images": 400, "confirm": 600, "rungs": [100, 300]}}
+
+
+def searched(folder, quiet, name="store.db", job=ADAPTIVE, **search):
+    """The jobs of an adaptive search, with their evaluations and bests."""
+    url = f"sqlite:///{folder}/{name}"
+    job = {**job, "search": {**job["search"], **search}}
+    jobs, evaluations = submitted(job, folder, quiet, name)
+    with open_store(url) as store:
+        bests = [store.best(j.model, j.dataset, j.nfe, j.solver) for j in jobs]
+    return list(zip(jobs, evaluations, bests, strict=True))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_adaptive_job_spends_little_and_confirms_what_it_found_on_fresh_random_numbers(tmp_path, quiet):
+    ((job, tried, best),) = searched(tmp_path, quiet)
+    assert (job.strategy, job.status, job.confirm) == ("adaptive", "finished", 600)
+    explored = [e for e in tried if e.phase != "confirm"]
+    confirmed = [e for e in tried if e.phase == "confirm"]
+    assert explored[0].phase == "baseline"
+    assert {"b", "k"} <= {e.phase for e in explored}
+    assert {e.seed for e in explored} == {0}
+    assert all(e.state == ("complete" if e.images == 400 else "pruned") for e in explored)
+    assert set(confirmed[0].lambdas) == {1.0}
+    assert {e.images for e in confirmed if e.state == "complete"} == {600}
+    (fresh,) = {e.seed for e in confirmed}
+    assert fresh != 0
+    assert len(explored) + len(confirmed) == len(tried)
+    assert best.confirmed
+    assert best.distance == min(e.distance for e in confirmed if e.state == "complete")
+    assert best.baseline_distance == confirmed[0].distance
+    assert best.gain == pytest.approx(best.baseline_distance - best.distance)
+    assert best.significant  # a Gaussian is far from digits, and larger λ makes its images narrower
+    assert best.gain > 5 * best.gain_error > 0
+    assert best.gain_error < best.standard_error
+    assert best.network_evaluations == sum(e.network_evaluations for e in explored) <= 2.4 * 400 * 5 * 1.5
+    assert best.confirm_network_evaluations == 5 * sum(e.images for e in confirmed)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_adaptive_job_gives_the_same_numbers_on_one_and_three_workers(tmp_path, quiet, forget):
+    found = []
+    for workers in (1, 3):
+        forget()
+        job = {**ADAPTIVE, "resources": {"workers": workers}}
+        ((_, tried, _),) = searched(tmp_path, quiet, f"{workers}.db", job)
+        found.append(tried)
+    one, three = found
+    assert [(e.lambdas, e.phase, e.state, e.seed) for e in one] == [
+        (e.lambdas, e.phase, e.state, e.seed) for e in three
+    ]
+    for mine, theirs in zip(one, three, strict=True):
+        assert list(mine.rungs) == list(theirs.rungs)
+        assert list(mine.rungs.values()) == pytest.approx(list(theirs.rungs.values()), rel=1e-9)
+        assert mine.standard_error == pytest.approx(theirs.standard_error, rel=1e-5)
+        assert mine.gain_error == pytest.approx(theirs.gain_error, rel=1e-4, abs=1e-9)
+        assert mine.network_evaluations == theirs.network_evaluations > 0
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_free_search_bends_the_schedule(tmp_path, quiet):
+    job = {**ADAPTIVE, "sampling": {"solver": "ddpm", "nfe": 4}}
+    ((_, tried, best),) = searched(
+        tmp_path, quiet, job=job, strategy="free", images=200, confirm=200, rungs=[100]
+    )
+    assert {"baseline", "b", "k", "bend", "confirm"} <= {e.phase for e in tried}
+    bent = [e for e in tried if e.phase == "bend"]
+    assert all((e.k, e.b) == (None, None) for e in bent)
+    assert len({e.lambdas for e in tried if e.phase != "confirm"}) >= 8
+    assert len(best.lambdas) == 4
+    assert best.confirmed
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("time", "sampling", "parameters"),
+    [
+        ("discrete", {"solver": "ddim", "nfe": 3, "eta": 0.5}, {"eta": [0, 1]}),
+        (
+            "sigma",
+            {"solver": "heun", "nfe": 5, "S_churn": 5, "S_noise": 1.0},
+            {"S_noise": [0.98, 1.02], "S_churn": [0, 10]},
+        ),
+    ],
+)
+def test_numbers_of_the_solver_are_searched_beside_lambda(tmp_path, quiet, time, sampling, parameters):
+    options = {**JOB["model"]["options"], "time": time}
+    job = {**ADAPTIVE, "model": {**JOB["model"], "options": options}, "sampling": sampling}
+    ((job, tried, best),) = searched(
+        tmp_path, quiet, job=job, images=200, confirm=200, rungs=[100], parameters=parameters
+    )
+    for name, (low, high) in parameters.items():
+        values = {e.parameters[name] for e in tried if name in e.parameters}
+        assert len(values) >= 2
+        assert all(low <= value <= high for value in values)
+        assert sampling[name] not in values  # the job's own value is no change
+        assert job.sampling[name] == sampling[name]
+    assert set().union(*(e.parameters for e in tried)) == set(parameters)
+    assert not tried[0].parameters
+    assert set(best.parameters) <= set(parameters)
+    changed = [e for e in tried if e.parameters and e.phase in parameters]
+    plain = {(e.lambdas, e.seed): e.distance for e in tried if not e.parameters}
+    assert any(e.distance != plain[e.lambdas, e.seed] for e in changed if (e.lambdas, e.seed) in plain)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_begins_where_a_job_of_another_nfe_ended_and_says_so(tmp_path, quiet):
+    ((first, _, found),) = searched(tmp_path, quiet)
+    assert first.warm_start is None
+    other = {**ADAPTIVE, "sampling": {"solver": "ddpm", "nfe": 8}}
+    ((second, tried, _),) = searched(tmp_path, quiet, job=other)
+    mean = round(math.fsum(found.lambdas) / 5, 9)
+    assert second.warm_start == {"mean": mean, "k": found.k, "nfe": 5, "job": first.id}
+    assert set(tried[0].lambdas) == {1.0}
+    at = tried[1]  # the start itself: as far from the middle at the ends as it was
+    assert at.mean == pytest.approx(mean, abs=1e-9)
+    assert {e.phase for e in tried} >= {"baseline", "b", "confirm"}
+    ((cold, tried, _),) = searched(tmp_path, quiet, job=other, warm_start=False)
+    assert cold.id != second.id
+    assert cold.warm_start is None
+    assert tried[1].k == 0
+    again, _ = submitted({**other, "search": ADAPTIVE["search"]}, tmp_path, quiet)
+    assert again[0].id == second.id  # the same question, whatever the store knows by now
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_another_job_measured_is_taken_from_the_store_and_what_was_sampled_from_the_cache(
+    tmp_path, quiet
+):
+    search = {"warm_start": False, "rungs": [250], "confirm": 500}
+    ((_, first, _),) = searched(tmp_path, quiet, **search)
+    # Another budget is another job, which asks the same questions at first.
+    ((_, second, _),) = searched(tmp_path, quiet, **search, budget=500)
+    reused = [e for e in second if e.reused is not None]
+    assert len(reused) >= 5
+    known = {e.id: e for e in first}
+    for one in reused:
+        assert (one.network_evaluations, one.seconds) == (0, 0.0)
+        origin = known[one.reused]
+        assert (one.key, one.lambdas, one.seed) == (origin.key, origin.lambdas, origin.seed)
+        assert one.distance == origin.rungs[one.images]
+    # A store that knows nothing takes whole blocks of features from this host: the first 250 images that confirm.
+    ((_, third, _),) = searched(tmp_path, quiet, "other.db", **search)
+    assert [dict(e.rungs) for e in third] == [dict(e.rungs) for e in first]
+    paid = [e.network_evaluations for e in third if e.phase == "confirm" and e.state == "complete"]
+    assert len(paid) >= 2
+    assert set(paid) == {5 * (500 - 250)}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_killed_in_an_adaptive_job_changes_no_distance(tmp_path, quiet, forget):
+    slow = {**ADAPTIVE, "search": {"images": 1000, "confirm": 1000, "rungs": [500]}}
+    ((_, undisturbed, _),) = searched(tmp_path, quiet, "undisturbed.db", slow)
+    forget()
+    with one_worker_killed():
+        ((_, disturbed, _),) = searched(tmp_path, quiet, "disturbed.db", slow)
+    assert [(e.lambdas, e.state, dict(e.rungs), e.influence) for e in disturbed] == [
+        (e.lambdas, e.state, dict(e.rungs), e.influence) for e in undisturbed
+    ]

@@ -8,7 +8,10 @@ import pytest
 
 from objectives.paired import difference_error, first, pack, standard_error, unpack
 from samplers.errors import LamtuneError
+from samplers.sampling import DDPM
 from samplers.schedule import Schedule
+from search import planning
+from search.spec import SearchSpec
 from search.strategies.base import FINISHED, WAIT, Candidate
 from search.strategies.confirm import Confirmed
 from search.strategies.paper import PaperStrategy
@@ -188,6 +191,33 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(store, job, new_job)
     study = optuna.load_study(study_name="other", storage=store.optuna_storage())
     assert [t.state.name for t in study.trials].count("FAIL") == 1
     assert study.best_value == store.best("m", "d", NFE).distance
+
+
+def test_an_adaptive_search_that_is_killed_at_any_trial_repeats_none(store, new_job):
+    strategy = planning.strategy(SearchSpec(images=1000), DDPM("ddpm", NFE), "discrete", 64)
+    quiet = {"influence": lambda config, images: noise(config, images, own=0.001)}
+    whole = new_job("whole", strategy="adaptive", images=1000, confirm=1000)
+    undisturbed = run(search_in(store, whole, strategy, rungs=(500, 1000)), **quiet)
+    parts = new_job("parts", strategy="adaptive", images=1000, confirm=1000)
+    tried = []
+    while True:
+        search = search_in(store, parts, strategy, rungs=(500, 1000), context="other")
+        if search.finished:
+            break
+        tried += run(search, stop_after=1, **quiet)
+        search.next_trial("killed")
+    search.check()
+    assert [(c.schedule, c.rungs, c.seed) for c in tried] == [
+        (c.schedule, c.rungs, c.seed) for c in undisturbed
+    ]
+    one, other = store.evaluations(whole.id), [e for e in store.evaluations(parts.id) if e.state != "failed"]
+    same = ("lambdas", "state", "rungs", "gain", "gain_error", "network_evaluations", "seed", "phase")
+    assert [[getattr(e, name) for name in same] for e in one] == [
+        [getattr(e, name) for name in same] for e in other
+    ]
+    best = store.best("m", "d", NFE)
+    assert best.confirmed
+    assert best.distance - 1 < 30.05  # where the bowl is least; fresh random numbers shift it by 1
 
 
 def test_a_distance_that_is_not_finite_fails_its_trial_and_never_wins(store, job):

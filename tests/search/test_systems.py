@@ -45,7 +45,7 @@ ADM = {
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of cached statistics of one test."""
     monkeypatch.setenv("LAMTUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "references"
@@ -229,7 +229,7 @@ def test_pfgmpp_from_its_prior(run: Run, save_snapshot: Callable[..., Path]) -> 
 
 
 def test_analytic_dpm_estimates_its_statistics_from_the_images_of_the_dataset_or_takes_a_file_of_them(
-    run: Run, tmp_path: Path, cache: Path
+    run: Run, tmp_path: Path, own_cache: Path
 ) -> None:
     torch.save(np.linspace(0, 1, 41, dtype=np.float32), tmp_path / "official.ms_eps.pth")
     samplings = (
@@ -238,7 +238,7 @@ def test_analytic_dpm_estimates_its_statistics_from_the_images_of_the_dataset_or
     )
     data = {"name": "d", "reference": "digits", "images": images(tmp_path / "images.npz")}
     jobs = run(adm(tmp_path), *samplings, dataset=data)
-    (file,) = cache.glob("*.ms_eps.npz")
+    (file,) = own_cache.glob("*.ms_eps.npz")
     assert jobs[0].sampling["ms_eps"] is None
     with np.load(file) as archive:
         assert archive["ms_eps"].shape == (41,)

@@ -142,6 +142,16 @@ def test_units_cover_every_image_once_and_stop_at_rungs():
     assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 17), (1, 17, 24), (1, 24, 25)]
 
 
+@pytest.mark.parametrize("rungs", [[50], [100, 300, 600], [500, 3250, 10_000]])
+@pytest.mark.parametrize("unit", [1, 30, 250, 500])
+@pytest.mark.parametrize("workers", [1, 3, 16])
+def test_units_of_any_size_for_any_number_of_workers_go_on_and_leave_nothing_out(rungs, unit, workers):
+    found = units(rungs, unit, workers)
+    assert [start for _, start, _ in found] == [0, *(stop for _, _, stop in found[:-1])]
+    assert all(start < stop <= start + unit for _, start, stop in found)
+    assert [max(stop for r, _, stop in found if r == rung) for rung in range(len(rungs))] == rungs
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_trial_reports_each_rung_once_in_order_with_all_its_images_and_their_influences(workers, n):
     loop = Loop("a", "b")
