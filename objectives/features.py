@@ -11,10 +11,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,9 @@ from samplers.errors import InputError
 DIGITS = "digits"
 DIGITS_WEIGHTS = Path(__file__).with_name("digits-features.pt")
 INCEPTION = "inception-v3-compat"
-_LOGITS = "logits_unbiased"  # of Inception: what the published Inception scores are of
+# Of Inception: the published Inception scores are of these logits, a linear function of those features.
+_LOGITS, _POOLED = "logits_unbiased", "2048"
 _OPTIONS = ("name", "path", "sha256", "layer")
-_Answer = TypeVar("_Answer")
 
 
 def names() -> tuple[str, ...]:
@@ -65,7 +64,7 @@ class Extractor(Protocol):
 class NetworkExtractor:
     """An `Extractor` around a network of uint8 [n, channels, H, W] → [n, dim], `chunk` images at a time.
 
-    both: features and class logits [n, classes] from one pass; None where the network does not classify.
+    head: class logits [n, classes] of features [n, dim]; None where these features are not those that it classifies by.
     The chunk bounds the memory whatever the caller's batch is. On CUDA, convolutions run deterministically
     and nothing runs in TF32, whose 10-bit mantissa would make the values of different GPUs differ.
     """
@@ -76,7 +75,7 @@ class NetworkExtractor:
     fingerprint: str
     channels: int
     chunk: int
-    both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    head: Callable[[Tensor], Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Self:
@@ -85,20 +84,17 @@ class NetworkExtractor:
         return self
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.cat([self._run(self.network, part) for part in torch.split(images, self.chunk)])
+        return torch.cat([self._run(part) for part in torch.split(images, self.chunk)])
 
-    @property
-    def has_logits(self) -> bool:
-        """`with_logits` can be called."""
-        return self.both is not None
+    def logits(self, features: Tensor) -> Tensor | None:
+        """The class logits [N, classes] of images from their features [N, dim] on the extractor's device, if it has
+        them."""
+        if self.head is None:
+            return None
+        with torch.no_grad(), _full_precision():
+            return self.head(features)
 
-    def with_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, dim], those of a call, and class logits [N, classes]; see `Extractor`."""
-        assert self.both is not None, f"{self.name} has no logits"
-        parts = [self._run(self.both, part) for part in torch.split(images, self.chunk)]
-        return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
-
-    def _run(self, network: Callable[[Tensor], _Answer], images: Tensor) -> _Answer:
+    def _run(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.uint8
         assert images.ndim == 4
         images = images.to(self.device)
@@ -110,7 +106,8 @@ class NetworkExtractor:
             _full_precision(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
-            return network(images)
+            features: Tensor = self.network(images)
+            return features
 
 
 @contextmanager
@@ -229,7 +226,7 @@ def _digits(path: Path, sha256: str | None, image_shape: tuple[int, int, int]) -
     # float64: the value of an image is the same to 1e-12 in any batch, on any device.
     module = _Features(network.double().requires_grad_(False).eval())
     fingerprint = _fingerprint(_state_digest(network), "digits", "no resize", "float64")
-    return NetworkExtractor(DIGITS, module, 64, fingerprint, channels=1, chunk=100, both=module.both)
+    return NetworkExtractor(DIGITS, module, 64, fingerprint, channels=1, chunk=100, head=network.head)
 
 
 def _torchscript(path: Path, sha256: str | None, image_shape: tuple[int, int, int]) -> NetworkExtractor:
@@ -296,8 +293,8 @@ def _torch_fidelity(
     resize = "TensorFlow 1 bilinear, as in torch-fidelity"
     fingerprint = _fingerprint(_state_digest(network), f"{name}/{layer}", resize, "float32")
     extractor = NetworkExtractor(f"{name}/{layer}", module, 0, fingerprint, channels=3, chunk=64)
-    if _LOGITS in layers:
-        extractor.both = module.both
+    if layer == _POOLED and _LOGITS in layers:
+        extractor.head = lambda features: features @ network.fc.weight.T
     extractor.dim = _probe(extractor, image_shape).shape[1]
     return extractor
 
@@ -312,11 +309,6 @@ class _Features(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.network.features(images)
 
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits."""
-        features = self.network.features(images)
-        return features, self.network.head(features)
-
 
 class _FirstLayer(nn.Module):
     """A torch-fidelity extractor of one layer, without the tuple around its answer."""
@@ -328,13 +320,6 @@ class _FirstLayer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: tuple[Tensor] = self.network(images)
         return features[0]
-
-    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's features, and the logits of Inception's own Inception score."""
-        network = copy(self.network)  # with the same weights, but another list of layers
-        network.features_list = list(dict.fromkeys([*network.features_list, _LOGITS]))
-        layers = network(images)
-        return layers[0], layers[-1]
 
 
 def _downloaded_inception() -> Path:

@@ -159,6 +159,11 @@ METRICS: Mapping[str, Metric] = {
 """Every metric by the name that a job file gives it."""
 
 
+def need_real(names: Iterable[str]) -> bool:
+    """Whether one of them needs the features of the real images."""
+    return any(METRICS[name].needs_real for name in names)
+
+
 def check(names: Iterable[str], *, real: bool, logits: bool) -> None:
     """Raises InputError where a name is none of METRICS, or needs real features or logits that there are not."""
     for name in names:

@@ -16,10 +16,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -104,14 +105,7 @@ class Reference:
         arrays["source"] = self.source
         optional = {"n": self.n, "fingerprint": self.fingerprint, "shape": self.shape}
         arrays |= {key: value for key, value in optional.items() if value is not None}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        _whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def load_reference(
@@ -171,6 +165,43 @@ def compute_reference(
     return _computed(path, extractor, shape, resize, digest, count, progress)
 
 
+def has_images(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` (see `load_reference`) is more than statistics. Raises InputError where it cannot be read."""
+    if source == DIGITS or Path(source).suffix != ".npz":
+        return True
+    with _npz(Path(source)) as arrays:
+        return "arr_0" in arrays.files
+
+
+def load_features(
+    source: str | os.PathLike[str],
+    extractor: Extractor,
+    shape: tuple[int, int, int],
+    *,
+    resize: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, str]:
+    """The features [N, D] of the images in `source` (see `load_reference`) on the CPU, and the digest of what they are
+    of; computed once and cached beside the statistics. Raises InputError where there are no images.
+    """
+    path = DIGITS_IMAGES if source == DIGITS else Path(source)
+    digest, count = _digest(path, extractor, shape, resize)
+    file = cache_folder(cache) / f"{digest}.npy"
+    with suppress(OSError, ValueError, EOFError):  # absent, or cut off by a full disk
+        stored = torch.from_numpy(np.load(file, allow_pickle=False))
+        if stored.shape == (count, extractor.dim) and stored.is_floating_point():
+            return stored, digest
+    parts: list[Tensor] = []
+    for batch in read_images(path, shape, resize=resize):
+        parts.append(extractor(batch).cpu())
+        if progress is not None:
+            progress(sum(map(len, parts)), count)
+    features = torch.cat(parts)
+    _whole(file, lambda opened: np.save(opened, features.numpy(), allow_pickle=False))
+    return features, digest
+
+
 def image_shape(source: str | os.PathLike[str], side: int | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the first image in `source` (see `load_reference`), C = 1 for grey and 3 otherwise.
 
@@ -213,6 +244,18 @@ def read_images(
         while batch := list(islice(images, _BATCH)):
             pixels = list(pool.map(lambda item: _pixels(path, item[0], item[1], shape, resize), batch))
             yield torch.from_numpy(np.stack(pixels))
+
+
+def _whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file that appears at once, whoever else writes it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _computed(

@@ -67,7 +67,8 @@ def main() -> None:
     What was found:    lamtune best --model M --dataset D --nfe 20
     Use it elsewhere:  lamtune export --model M --dataset D --nfe 20
     Why it helps:      lamtune diagnose job.yaml --schedule best
-    Look at it:        lamtune dashboard
+    Look at it:        lamtune watch ID, lamtune report ID -o report.html, lamtune dashboard
+    Complete words:    eval "$(_LAMTUNE_COMPLETE=bash_source lamtune)"     (or zsh_source, fish_source)
     """
 
 
@@ -206,6 +207,23 @@ def status(job: str, cluster: str | None, store: str) -> None:
 
     with open_store(store) as opened:
         click.echo(job_as_text(opened.job(int(job)), opened.evaluations(int(job))))
+
+
+@main.command()
+@click.argument("job", type=int, metavar="ID")
+@_store_option
+def watch(job: int, store: str) -> None:
+    """Follow a running search by its number in the store until it is over; Ctrl-C stops watching, not the search."""
+    from rich.console import Console
+
+    from search.watch import follow
+    from storage import open_store
+
+    with open_store(store) as opened:
+        try:
+            follow(opened, job, Console())
+        except KeyboardInterrupt:
+            click.echo(f"lamtune: stopped watching; job {job} goes on", err=True)
 
 
 @main.command()
@@ -402,6 +420,70 @@ def diagnose(
 
         figures.save(figures.diagnosis(found), plot)
     click.echo(text if as_json else diagnosis.as_text(found))
+
+
+@main.command()
+@click.argument("job", type=int, required=False, metavar="[ID]")
+@click.option("--model", help="In place of an ID: the model's name in its job file,")
+@click.option("--dataset", help="the dataset's,")
+@click.option("--nfe", type=int, help="the number of network evaluations per image,")
+@click.option("--solver", help="and the solver; default: the best of all.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: standard output."
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "md", "csv", "json", "tex"]),
+    help="Default: as FILE's ending says; md without FILE.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the plots there too, as SVG and PNG.",
+)
+@click.option("--dashboard", is_flag=True, help="Renew the job's note and plots in `lamtune dashboard` too.")
+@_store_option
+def report(
+    job: int | None,
+    model: str | None,
+    dataset: str | None,
+    nfe: int | None,
+    solver: str | None,
+    output: Path | None,
+    form: str | None,
+    plots: Path | None,
+    dashboard: bool,
+    store: str,
+) -> None:
+    """Write what a search has found: the answer, tables, plots, sensitivity, cost, and how to do it again.
+
+    An .html is one file that needs no network. A job's ID is in `lamtune jobs`.
+    """
+    from search import findings, pages
+    from storage import open_store
+
+    form = pages.form_of(output, form)
+    with open_store(store) as opened:
+        if job is None:
+            if model is None or dataset is None or nfe is None:
+                raise InputError("name a job's ID, or --model, --dataset and --nfe")
+            job = opened.best(model=model, dataset=dataset, nfe=nfe, solver=solver).job_id
+        found = findings.of_job(opened, job)
+        if dashboard:
+            from search.dashboard import publish
+
+            publish(opened, job)
+    if plots is not None:
+        pages.save_plots(found, plots)
+        if output is not None:
+            plots = Path(os.path.relpath(plots, output.parent))
+    text = pages.write(found, form, plots)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _write(output, text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ All that happens on a GPU happens here. Knows nothing of Ray, Optuna or SQL; `se
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby, pairwise
@@ -20,20 +20,23 @@ from torch import Tensor
 from objectives.features import NetworkExtractor, load_extractor
 from objectives.frechet import FrechetReference
 from objectives.influence import Sensitivity
+from objectives.metrics import Generated, Real, measure
 from objectives.moments import Moments
-from objectives.reference import Reference, load_reference
+from objectives.reference import Reference, load_features, load_reference
 from samplers.generate import Sampler
 from samplers.models.compiled import make_fast
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
 from samplers.sampling import Solver, with_parameters
 from samplers.schedule import Schedule
+from search import figures
 from search.blocks import FeatureCache
-from search.spec import JobSpec
+from search.spec import DatasetSpec, JobSpec
 
 # Images whose features are taken together, always cut at multiples of this id: float32 features may change in
 # their last bits with the batch, and must not with the way in which a trial is split.
 BLOCK = 250
+_SMALL = 64  # pixels: images of which 64 are shown together
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Features: TypeAlias = NDArray[np.floating[Any]]
@@ -201,6 +204,36 @@ class Evaluator:
         """
         total = reduce(add, parts)
         return total, self.frechet.distance(total), Sensitivity.of(self.frechet, total).to("cpu")
+
+    def real(
+        self, dataset: DatasetSpec, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Tensor, str]:
+        """The features [M, D] of the dataset's images on the CPU, and their digest; see `load_features`."""
+        found = load_features(
+            dataset.images or dataset.reference,
+            self.extractor.to(accelerator()),
+            self.model.image_shape,
+            resize=dataset.resize,
+            progress=progress,
+        )
+        self.extractor.to(self.device)
+        return found
+
+    def metrics(self, names: Iterable[str], real: Real | None, parts: Iterable[Features]) -> dict[str, float]:
+        """The values of `objectives.metrics` on the features of an evaluation, in parts in the order of ids.
+
+        real: on this device; None where no metric needs it. Raises as `measure` does.
+        """
+        features = torch.cat([torch.tensor(part, device=self.device) for part in parts])
+        return measure(names, Generated(features, self.extractor.logits(features)), real)
+
+    def picture(
+        self, sampling: Solver, schedule: Schedule, seed: int, parameters: Mapping[str, float]
+    ) -> bytes:
+        """A PNG of the first images of an evaluation, 64 small ones or 16; sampled again, since none are kept."""
+        count = 64 if max(self.model.image_shape) <= _SMALL else 16
+        images = self._sampler(sampling, seed, parameters).images(schedule, 0, count)
+        return figures.grid(images.cpu())
 
     def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
         """How much each of these images moves the distance, [n]; see `objectives.influence`."""

@@ -47,6 +47,11 @@ def error_bar(value: float | None) -> str:
     return "" if value is None else f"± {value:.2g}"
 
 
+def metric(name: str) -> str:
+    """A metric's name as people write it."""
+    return {"kid": "KID"}.get(name, name.replace("_", " "))
+
+
 def gain(evaluation: Evaluation) -> str:
     """How much better than λ = 1 on the same images, with its error bar; nothing for λ = 1 itself."""
     if evaluation.gain is None or (evaluation.gain == 0 and evaluation.gain_error == 0):
@@ -142,6 +147,8 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
         lines.append(
             f"  λ = 1 gives {base:.4f}: a gain of {won:.4f} {error_bar(best.gain_error)}".rstrip() + share
         )
+    if best.metrics:
+        lines.append("  " + ", ".join(f"{metric(name)} {value:.4g}" for name, value in best.metrics.items()))
     if set(best.lambdas) == {1.0} and not best.parameters:
         lines.append("  nothing that was tried is better than λ = 1")
     elif best.significant is False:
@@ -173,6 +180,41 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
     if best.k != 0:
         lines.append(f"  λ_0 … λ_{best.nfe - 1}: {', '.join(shown)}")
     return "\n".join(lines)
+
+
+def best_in_words(best: Best) -> str:
+    """The answer as a paragraph."""
+    if best.k is None:
+        mean = number(round(sum(best.lambdas) / best.nfe, 6))
+        what = f"a λ of its own at each of {best.nfe} evaluations (mean {mean})"
+    elif best.k == 0:
+        what = f"λ = {number(best.b)} at each of {best.nfe} evaluations"
+    else:
+        what = f"λ_t = {number(best.k)}·t + {number(best.b)} (t = 0 is the last of {best.nfe} evaluations)"
+    extra = "".join(f", with {name} {number(value)}" for name, value in best.parameters.items())
+    where = f"the Fréchet distance of {best.model} on {best.dataset} with {best.solver}"
+    images = f"{best.images:,} images" + (
+        " on random numbers that the search has not seen" if best.confirmed else ""
+    )
+    distance = f"{best.distance:.4g} {error_bar(best.standard_error)}".rstrip()
+    if best.baseline_distance is None:
+        text = f"With {what}{extra}, {where} is {distance} ({images})."
+    elif set(best.lambdas) == {1.0} and not best.parameters:
+        text = f"λ = 1 is best: {where} is {distance} ({images}), and no schedule that was tried is better."
+    else:
+        won = best.baseline_distance - best.distance if best.gain is None else best.gain
+        share = f" ({100 * won / best.baseline_distance:.1f} %)" if best.baseline_distance > 0 else ""
+        text = (
+            f"Dividing the predicted noise by {what}{extra} takes {where} from {best.baseline_distance:.4g} at λ = 1 "
+            f"to {distance}: a gain of {won:.3g} {error_bar(best.gain_error)}".rstrip()
+            + f"{share}, measured with {images}."
+        )
+        if best.significant is False:
+            text += " That is no significant gain: λ = 1 is as good, within twice the standard error."
+    return (
+        f"{text} The search took {best.trials} trials, {best.network_evaluations:,} network evaluations and "
+        f"{duration(best.seconds)} of device time."
+    )
 
 
 def job_as_text(job: Job, tried: Sequence[Evaluation]) -> str:

@@ -10,12 +10,14 @@ import json
 import logging
 import math
 import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import ray
@@ -23,10 +25,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from objectives.reference import Reference
+from objectives.metrics import check, need_real
+from objectives.reference import Reference, has_images
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
-from search import blocks, planning, pool, tuner
+from search import blocks, dashboard, planning, pool, tuner
 from search.evaluator import Evaluator, accelerator, precision
 from search.ms_eps import Complete, complete
 from search.planning import Start
@@ -86,6 +89,7 @@ def _submit(
             )
             if cluster:
                 pool.check_files(spec, nodes, spec.files)
+            real = _real(spec, evaluator, _shown(bar, "features of the real images"))
             for sampling in spec.sampling:  # whatever is wrong with the search is said before Γ is estimated
                 _strategy(spec, sampling, evaluator, None)
             samplings = complete(
@@ -95,7 +99,7 @@ def _submit(
             whole = spec.model_copy(update={"sampling": tuple(ready.sampling for ready in samplings)})
             pool.check_files(spec, nodes, whole.files)
         searches = [
-            _search(store, spec, asked, ready, evaluator, resources, job)
+            _search(store, spec, asked, ready, evaluator, resources, job, real)
             for asked, ready in zip(spec.sampling, samplings, strict=True)
         ]
         jobs = [one.job for one in searches]
@@ -121,6 +125,19 @@ def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
+def _real(spec: JobSpec, evaluator: Evaluator, progress: Callable[[int, int], None]) -> str | None:
+    """Check the job's metrics, and cache the real images' features for the workers where one needs them; returns the
+    digest of those that the reference statistics are not of. Raises InputError."""
+    if not spec.metrics:
+        return None
+    images = has_images(spec.dataset.images or spec.dataset.reference)
+    check(spec.metrics, real=images, logits=evaluator.extractor.head is not None)
+    if not need_real(spec.metrics):
+        return None
+    _, digest = evaluator.real(spec.dataset, progress)
+    return digest if spec.dataset.images is not None else None
+
+
 def _strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator, start: Start | None) -> Strategy:
     return planning.strategy(spec.search, sampling, evaluator.model.time, evaluator.extractor.dim, start)
 
@@ -143,11 +160,12 @@ def _search(
     evaluator: Evaluator,
     resources: pool.Resources,
     resumed: Job | None,
+    real: str | None,
 ) -> _Search:
     """The store's job of one search, made if it is new: the same question is the same job.
 
     asked: the sampling as the job file has it. ready: the same with Γ, wherever the file of it lies. resumed: the job
-    that it must be; raises InputError where it is not.
+    that it must be; raises InputError where it is not. real: see `_real`.
     """
     number_type = precision(spec, torch.device(resources.device))
     sampling = asdict(asked) if ready.ms_eps is None else asdict(asked) | {"ms_eps": ready.ms_eps}
@@ -156,11 +174,15 @@ def _search(
         "evaluator": evaluator.fingerprint,
         "sampling": sampling,
     }
+    if real is not None:
+        numbers["real"] = real
     identity = {
         "numbers": numbers,
         "names": [spec.model.name, spec.dataset.name],
         "search": spec.search.model_dump(mode="json"),
     }
+    if spec.metrics:
+        identity["metrics"] = sorted(spec.metrics)
     name = (
         f"{spec.model.name}--{spec.dataset.name}--{asked.solver}-{asked.nfe}--{spec.search.strategy}-"
         f"{_digest(identity)[:8]}"
@@ -195,6 +217,7 @@ def _search(
                     },
                 ),
                 warm_start=None if start is None else asdict(start),
+                versions=_versions(resources.device),
             )
         )
     start = None if job.warm_start is None else Start(**job.warm_start)
@@ -217,6 +240,18 @@ def _difference(job: Job, spec: JobSpec, evaluator: Evaluator, number_type: str)
     else:
         reason = "the file of Γ (sampling.ms_eps) has changed since, or another version of lamtune began it"
     return f"job {job.id} cannot go on: {reason}; `lamtune submit` its job file to begin anew"
+
+
+def _versions(device: str) -> dict[str, str]:
+    """What ran a job, for those who want to run it again."""
+    found = {"python": platform.python_version()}
+    for name in ("lamtune", "torch", "numpy", "optuna", "ray"):
+        with suppress(PackageNotFoundError):  # run from its folder
+            found[name] = version(name)
+    found["device"] = (
+        torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
+    )
+    return found
 
 
 def warm_start(store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> Start | None:
@@ -286,11 +321,13 @@ def _run(
                                 watcher,
                                 rungs=spec.search.all_rungs,
                                 context=one.context,
+                                metrics=spec.metrics,
                             )
                             tuner.run_trials(found, workers, one.sampling, resources.unit)
                             found.check()
 
                     _until_done(search)
+                dashboard.publish(store, one.job.id)
         finally:
             pool.stop_workers(workers)
 

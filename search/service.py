@@ -25,7 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from samplers.errors import InputError, LamtuneError
-from storage import Best, Evaluation, Job, JobStatus, NotInStore, Store
+from storage import Best, Evaluation, Job, JobStatus, NotInStore, Pictures, Store
 
 HEALTH = "/api/health"
 """The one path that answers without a token; it tells nothing but that the service lives."""
@@ -138,7 +138,7 @@ def create_app(store: Store, token: str | None) -> ASGIApp:
     app.add_api_route(HEALTH, _health, methods=["GET"])
     app.include_router(_routes(store), dependencies=schemes if token is not None else None)
     app.add_exception_handler(LamtuneError, _problem)
-    app.mount("/", cast(ASGIApp, WSGIMiddleware(wsgi(store.optuna_storage()))))
+    app.mount("/", cast(ASGIApp, WSGIMiddleware(wsgi(store.optuna_storage(), Pictures(store)))))
     return Guard(app, token)
 
 

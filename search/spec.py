@@ -25,6 +25,7 @@ from samplers.errors import InputError
 from samplers.sampling import SOLVERS, Analytic, Sampling
 
 DEFAULT_RUNGS = (1000, 2500, 5000)
+_METRIC_IMAGES = 10  # what the splits of the Inception score need
 
 
 class _Section(BaseModel):
@@ -136,15 +137,30 @@ class ResourcesSpec(_Section):
 
 
 class JobSpec(_Section):
-    """A whole job: one search per entry of `sampling` (a list of NFE in the file makes several)."""
+    """A whole job: one search per entry of `sampling` (a list of NFE in the file makes several).
+
+    metrics: what is measured of λ = 1 and of what was found besides the distance; see `objectives.metrics`.
+    """
 
     model: ModelSpec
     dataset: DatasetSpec
     features: str | dict[str, Any] = "inception-v3-compat"
     sampling: tuple[Sampling, ...]
     search: SearchSpec = SearchSpec()
+    metrics: tuple[str, ...] = ()
     resources: ResourcesSpec = ResourcesSpec()
     _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> "JobSpec":
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics: each once: {', '.join(self.metrics)}")
+        if self.metrics and self.search.confirm_images < _METRIC_IMAGES:
+            raise ValueError(
+                f"metrics: they are measured on search.confirm images, {self.search.confirm_images} here: "
+                f"give at least {_METRIC_IMAGES}"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

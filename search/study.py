@@ -7,11 +7,14 @@ Knows nothing of Ray: it sees trials as string ids that start, report and end.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import optuna
+from optuna.artifacts import upload_artifact
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
@@ -20,7 +23,8 @@ from samplers.errors import LamtuneError
 from samplers.schedule import Schedule
 from search.strategies.base import Candidate, Point, Signal, Strategy, bends, slope
 from search.tuner import Progress, TrialConfig
-from storage import CONFIRM, Evaluation, Job, Store
+from search.watch import EXPECTED
+from storage import CONFIRM, Evaluation, Job, Pictures, Store
 
 # Wider than any search, so that all trials of all studies share them, which Optuna's plots need.
 _DISTRIBUTIONS: dict[str, BaseDistribution] = {
@@ -96,7 +100,8 @@ class Search:
     """A search in a single thread: `tuner.run_trials` calls it, the store and the study follow.
 
     rungs: image counts at which trials report, besides those that the strategy asks for. context: digest of all that
-    decides the numbers of an evaluation besides its λ, parameters and seed.
+    decides the numbers of an evaluation besides its λ, parameters and seed. metrics: what is measured besides the
+    distance in the end of evaluations on fresh random numbers.
     """
 
     def __init__(
@@ -108,9 +113,10 @@ class Search:
         *,
         rungs: Sequence[int],
         context: str,
+        metrics: Collection[str] = (),
     ) -> None:
         self._store, self._job, self._strategy, self._watcher = store, job, strategy, watcher
-        self._rungs, self._context = tuple(rungs), context
+        self._rungs, self._context, self._metrics = tuple(rungs), context, frozenset(metrics)
         self._running: dict[str, _Running] = {}
         self._losses = 0
         self._tried = {
@@ -183,12 +189,16 @@ class Search:
             seed = fresh_seed(self._job.seed) if candidate.fresh else self._job.seed
             key = self._key(schedule, candidate, seed)
             known = self._store.known(key, images)
+            if candidate.fresh and known is not None and not self._has_metrics(known, images):
+                known = None
             running = self._start(candidate, schedule, images, seed, key, known)
             if known is not None:
                 self._copy(running, known)
                 continue
             self._running[trial_id] = running
-            self._watcher.started(running.evaluation, images, self._strategy.expected_trials(history))
+            expected = self._strategy.expected_trials(history)
+            self._storage.set_study_user_attr(self._study, EXPECTED, expected)
+            self._watcher.started(running.evaluation, images, expected)
             # A race shares its error among the job's rungs, so it looks at no others.
             rungs = self._rungs if candidate.fresh else self._all_rungs
             return TrialConfig(
@@ -198,8 +208,12 @@ class Search:
                 key=key,
                 rungs=(*(rung for rung in rungs if rung < images), images),
                 racing=candidate.fresh,
+                measured=candidate.fresh,
             )
         return None
+
+    def _has_metrics(self, known: Evaluation, images: int) -> bool:
+        return not self._metrics or (known.images == images and self._metrics <= known.metrics.keys())
 
     @property
     def _all_rungs(self) -> list[int]:
@@ -258,7 +272,21 @@ class Search:
                 self._rung(
                     running, images, distance, part, metrics=known.metrics if images == known.images else {}
                 )
+        if (picture := self._store.pictures(known.job_id).get(known.id)) is not None:
+            self._attach(running, picture)
         self._end(running, None)
+
+    def _attach(self, running: _Running, picture: bytes) -> None:
+        """Attach a picture to the trial; Optuna refuses when it has ended."""
+        with tempfile.TemporaryDirectory(prefix="lamtune-") as folder:
+            file = Path(folder, "images.png")
+            file.write_bytes(picture)
+            upload_artifact(
+                artifact_store=Pictures(self._store, running.evaluation.id),
+                file_path=str(file),
+                study_or_trial=self._storage.get_trial(running.trial),
+                storage=self._storage,
+            )
 
     def report(self, trial_id: str, progress: Progress) -> bool:
         """Record a rung, or pass on how many images there are; whether the trial has lost and is to be stopped."""
@@ -273,7 +301,9 @@ class Search:
         elif not math.isfinite(progress.distance):
             running.failure = f"the distance at {progress.images} images is {progress.distance}"
         else:
-            self._rung(running, progress.images, progress.distance, progress.influence)
+            self._rung(running, progress.images, progress.distance, progress.influence, progress.metrics)
+            if progress.picture is not None:
+                self._attach(running, progress.picture)
             if progress.images < running.images and isinstance(self._strategy, Racing):
                 point = point_of(running.evaluation, self._job)
                 running.stopped = self._strategy.has_lost(self._history(), point)

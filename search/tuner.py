@@ -39,7 +39,8 @@ class TrialConfig:
     """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
 
     rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
-    begun before the rung is known. key: of the feature cache, see `search.blocks`.
+    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: in the end
+    the job's further metrics are computed and a picture is made.
     """
 
     schedule: Schedule
@@ -48,18 +49,21 @@ class TrialConfig:
     key: str
     rungs: tuple[int, ...]
     racing: bool
+    measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a trial has reached: images sampled; at a rung also the distance of images 0 .. images − 1 and their
-    influence on it."""
+    influence on it, and at the last one the metrics and the picture (PNG) that were asked for."""
 
     images: int
     distance: float | None
     computed: int  # images that were sampled for it, and not taken from a cache
     seconds: float  # accelerator-seconds of all workers so far
     influence: Influence | None = None
+    metrics: Mapping[str, float] | None = None
+    picture: bytes | None = None
     error: str | None = None
     fatal: bool = False
 
@@ -94,7 +98,8 @@ class SearchLoop(Protocol):
 
 
 class _Call(NamedTuple):
-    """A call at a worker: what it does ("sample", "merge" or "influences"), for which images; how often it was lost."""
+    """A call at a worker: what it does ("sample", "merge", "influences" or "conclude"), for which images; how often it
+    was lost."""
 
     kind: str
     rung: int
@@ -137,6 +142,7 @@ class Trial(tune.Trainable):
         self._config: TrialConfig = config["trial"]
         self._rung = 0  # the rung that is measured next, or now
         self._distance = 0.0
+        self._conclusion: tuple[Mapping[str, float] | None, bytes | None] = None, None
         self._computed = self._restarts = 0
         self._seconds = 0.0
         self._start_over()
@@ -195,11 +201,17 @@ class Trial(tune.Trainable):
                 self._seconds += seconds
                 self._measure()
                 return self._result()
+            if call.kind == "conclude":
+                self._conclusion = value
+                return self._rung_result()
             if call.kind == "merge":
                 self._merged(value)
                 continue
             self._influences[call.start] = value
             if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
+                if self._config.measured and self._rung == len(self._config.rungs) - 1:
+                    self._todo.appendleft(_Call("conclude", self._rung, 0, self._end))
+                    continue
                 return self._rung_result()
 
     # ---- workers that come and go
@@ -261,6 +273,8 @@ class Trial(tune.Trainable):
                     return
             elif call.kind == "influences" and self._features[call.start][0] in self._load:
                 worker = self._features[call.start][0]  # features need not travel
+            elif call.kind == "conclude":
+                worker = min(self._load)  # the same one while it lives: it has the real images' features
             self._todo.popleft()
             self._pending[self._call(self._workers[worker], call)] = worker, call
             self._load[worker] += 1
@@ -281,6 +295,10 @@ class Trial(tune.Trainable):
             total, distance, sensitivity = worker.merge.options(num_returns=3).remote(*parts)
             self._sum = [total, sensitivity]
             return distance
+        if call.kind == "conclude":
+            config = self._config
+            parts = [self._features[start][2] for start in sorted(self._features)]
+            return worker.conclude.remote(*self._job, config.schedule, config.seed, config.parameters, *parts)
         return worker.influences.remote(self._sensitivity, self._features[call.start][2])
 
     @property
@@ -316,6 +334,8 @@ class Trial(tune.Trainable):
             distance=self._distance,
             influence=block_means(influences),
             images=images,
+            metrics=self._conclusion[0],
+            picture=self._conclusion[1],
             done=self._rung == len(self._config.rungs),
         )
 
@@ -441,6 +461,8 @@ class _Reports(Stopper):
                 computed=result["computed"],
                 seconds=result["seconds"],
                 influence=result.get("influence"),
+                metrics=result.get("metrics"),
+                picture=result.get("picture"),
                 error=result.get("error"),
                 fatal=result.get("fatal", False),
             ),

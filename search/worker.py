@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from objectives.influence import Sensitivity
+    from objectives.metrics import Real
     from objectives.moments import Moments
     from objectives.reference import Reference
     from samplers.sampling import Solver
@@ -34,6 +35,7 @@ class SamplerWorker:
         torch.set_num_threads(threads)
         self._spec, self._device = spec, torch.device(device)
         self._loaded: Evaluator | None = None
+        self._real: Real | None = None
 
     def load(self, reference: Reference, fingerprint: str) -> None:
         """Load everything, with statistics that the driver has read; nothing where that was done.
@@ -76,6 +78,27 @@ class SamplerWorker:
     def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
         """See Evaluator.merge."""
         return self._evaluator.merge(*parts)
+
+    def conclude(
+        self,
+        sampling: Solver,
+        schedule: Schedule,
+        seed: int,
+        parameters: Mapping[str, float],
+        *parts: Features,
+    ) -> tuple[dict[str, float], bytes]:
+        """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator.
+
+        The first call loads the real images' features, which the driver has cached, where a metric needs them.
+        """
+        from objectives.metrics import Real, need_real
+
+        names = self._spec.metrics
+        if self._real is None and need_real(names):
+            features, _ = self._evaluator.real(self._spec.dataset)
+            self._real = Real.of(features.to(self._device))
+        metrics = self._evaluator.metrics(names, self._real, parts) if names else {}
+        return metrics, self._evaluator.picture(sampling, schedule, seed, parameters)
 
     def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
         """See Evaluator.influences."""

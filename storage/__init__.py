@@ -15,6 +15,7 @@ Knows nothing of torch, images or strategies.
 
 from storage.connection import refuse_secret, refuse_sqlite
 from storage.errors import ConnectionLost, NotInStore, TakenOver
+from storage.pictures import Pictures
 from storage.records import (
     CONFIRM,
     STALE_S,
@@ -40,6 +41,7 @@ __all__ = [
     "JobStatus",
     "NewJob",
     "NotInStore",
+    "Pictures",
     "Store",
     "TakenOver",
     "check_store",

@@ -5,7 +5,7 @@ Knows nothing of SQL, sessions or Optuna.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -65,7 +65,8 @@ class NewJob:
     `sampling`: all options of the solver. `images`: the full image count of the search. `confirm`: image count of the
     evaluations on fresh random numbers that rank in the end; 0: none, the search's own full evaluations rank. `seed`:
     of the search's common random numbers, 0 to 2⁶³ - 1. `spec`: the whole job file, as it was submitted. `warm_start`:
-    where the search began, and which job said so; None: at λ = 1.
+    where the search began, and which job said so; None: at λ = 1. `versions`: of the programs that made the job, by
+    name.
     """
 
     study_name: str
@@ -82,6 +83,7 @@ class NewJob:
     evaluator: Evaluator
     confirm: int = 0
     warm_start: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_text(
@@ -104,6 +106,7 @@ class NewJob:
             raise InputError(f"seed is {self.seed}: it must lie between 0 and 2**63 - 1")
         _check_json("sampling", self.sampling)
         _check_json("spec", self.spec)
+        _check_json("versions", self.versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from storage.connection import default_url, driver_options, make_engine, parse, 
 from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.lock import only_writer
 from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
-from storage.tables import EvaluationRow, EvaluatorRow, JobRow
+from storage.tables import EvaluationRow, EvaluatorRow, JobRow, PictureRow
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -189,6 +189,7 @@ class Store:
                 evaluator=self._evaluator(session, new.evaluator),
                 confirm=new.confirm,
                 warm_start=None if new.warm_start is None else dict(new.warm_start),
+                versions=dict(new.versions),
                 status="queued",
                 created_at=now,
                 updated_at=now,
@@ -505,6 +506,33 @@ class Store:
                 None,
             )
 
+    # ---- pictures
+
+    def add_picture(self, evaluation_id: int, picture_id: str, content: bytes) -> None:
+        """Keep a PNG of what a running evaluation made; `picture_id` is new in the store."""
+        with self._running(evaluation_id) as row:
+            session = Session.object_session(row)
+            assert session is not None
+            session.add(PictureRow(id=picture_id, evaluation_id=evaluation_id, content=content))
+
+    def picture(self, picture_id: str) -> bytes:
+        """A picture by its id; NotInStore."""
+        with self._session() as session:
+            row = session.get(PictureRow, picture_id)
+            if row is None:
+                raise NotInStore(f"the store {self.safe_url} has no picture {picture_id}")
+            return row.content
+
+    def pictures(self, job_id: int) -> Mapping[int, bytes]:
+        """The newest picture of each evaluation of a job that has one, by the evaluation's id."""
+        query = (
+            select(PictureRow)
+            .join(EvaluationRow, PictureRow.evaluation_id == EvaluationRow.id)
+            .where(EvaluationRow.job_id == job_id)
+        )
+        with self._session() as session:
+            return {row.evaluation_id: row.content for row in session.scalars(query)}
+
     # ---- the best schedule
 
     def best(self, model: str, dataset: str, nfe: int, solver: str | None = None) -> Best:
@@ -536,9 +564,23 @@ class Store:
             ranked = _ranking(select(EvaluationRow, JobRow), confirmed, *asked, *group)
             ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
             winner, job = (row.record() for row in session.execute(ranked).one())
-            baseline = self._baseline(session, winner)
-            cost = self._cost(session, job.id)
+            return self._as_best(session, job, winner, confirmed)
+
+    def best_of(self, job_id: int) -> Best:
+        """The schedule of the lowest distance in one job, by the rules of `best`; NotInStore if nothing ranks yet."""
+        with self._session() as session:
+            job = self._job(session, job_id).record()
+            for confirmed in (True, False):
+                ranked = _ranking(select(EvaluationRow, JobRow), confirmed, JobRow.id == job_id)
+                ranked = ranked.order_by(EvaluationRow.distance, EvaluationRow.id).limit(1)
+                if (found := session.execute(ranked).first()) is not None:
+                    return self._as_best(session, job, found[0].record(), confirmed)
+        raise NotInStore(f"job {job_id} in the store {self.safe_url} has no result yet: it is {job.status}")
+
+    def _as_best(self, session: Session, job: Job, winner: Evaluation, confirmed: bool) -> Best:
+        """The winning evaluation of a job with what finding it took."""
         assert winner.distance is not None
+        baseline, cost = self._baseline(session, winner), self._cost(session, job.id)
         searched, confirming = cost[False], cost[True]
         return Best(
             model=job.model,

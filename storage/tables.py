@@ -109,6 +109,7 @@ class JobRow(Base):
     evaluator_id: Mapped[int] = mapped_column(ForeignKey("lamtune_evaluators.id"))
     confirm: Mapped[int] = mapped_column(server_default="0")
     warm_start: Mapped[Mapping[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    versions: Mapped[Mapping[str, Any]] = mapped_column(server_default="{}")
     status: Mapped[str]
     attempt: Mapped[int] = mapped_column(
         server_default="0"
@@ -138,6 +139,7 @@ class JobRow(Base):
             evaluator=self.evaluator.record(),
             confirm=self.confirm,
             warm_start=self.warm_start,
+            versions=self.versions,
             status=cast(JobStatus, self.status),
             error=self.error,
             created_at=self.created_at,
@@ -218,3 +220,14 @@ class EvaluationRow(Base):
             key=self.key,
             reused=self.reused,
         )
+
+
+class PictureRow(Base):
+    """A picture of what an evaluation made. id: of Optuna's artifact. content: a PNG."""
+
+    __tablename__ = "lamtune_pictures"
+    __table_args__ = (Index(None, "evaluation_id"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    evaluation_id: Mapped[int] = mapped_column(ForeignKey("lamtune_evaluations.id"))
+    content: Mapped[bytes] = mapped_column(LargeBinary)

@@ -43,7 +43,7 @@ _GRID = 250  # image counts of rounds are multiples of this
 # tables of b and k and by the recorded network it is 1.2 to 2.1; too wide a guess costs less than too narrow a one.
 _BENT = 2.0
 _EXPECTED = 0.7  # the curvature along a coordinate is what its half width says, give or take this share
-_WINDOW = 1.0  # the same where the half width is that of a window of few images
+WINDOW = 1.0  # the same where the half width is that of a window of few images
 _TRIES = 2  # so often is a trial repeated that ends without the rung that was asked for
 
 
@@ -332,7 +332,7 @@ class AdaptiveStrategy:
 
     @property
     def _doubt(self) -> Vector:
-        return np.array([_EXPECTED if axis.step is None else _WINDOW for axis in self.axes])
+        return np.array([_EXPECTED if axis.step is None else WINDOW for axis in self.axes])
 
     def _bounds(self) -> tuple[Vector, Vector]:
         return np.array([axis.low for axis in self.axes]), np.array([axis.high for axis in self.axes])

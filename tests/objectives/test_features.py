@@ -213,7 +213,7 @@ def inception() -> FeatureExtractorInceptionV3:
         patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
         torch.manual_seed(0)
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["64", "2048"])
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["64", "2048", "logits_unbiased"])
 
 
 @pytest.fixture(scope="module")
@@ -237,14 +237,14 @@ def test_inception_gives_torch_fidelitys_features(
     torch.testing.assert_close(pooled(batch), inception(batch)[1])
 
 
-def test_inception_gives_features_and_logits_in_one_pass(
+def test_the_logits_of_inceptions_features_are_torch_fidelitys(
     inception: FeatureExtractorInceptionV3, pooled: NetworkExtractor
 ) -> None:
     batch = images(3, 3, 32)
-    features, logits = pooled.with_logits(batch)
-    torch.testing.assert_close(features, pooled(batch))
+    logits = pooled.logits(pooled(batch))
+    assert logits is not None
     assert logits.shape == (3, 1008)
-    torch.testing.assert_close(logits, pooled(batch) @ inception.fc.weight.T.detach())
+    torch.testing.assert_close(logits, inception(batch)[2])
 
 
 def test_another_layer_has_another_dimension_and_fingerprint(
@@ -253,6 +253,7 @@ def test_another_layer_has_another_dimension_and_fingerprint(
     spec = {"name": "inception-v3-compat", "layer": 64, "path": str(inception_file)}
     extractor = load_extractor(spec, (1, 8, 8))
     assert extractor.dim == 64
+    assert extractor.logits(torch.zeros(2, 64)) is None
     assert extractor.fingerprint != pooled.fingerprint
     grey = images(2, 1, 8)
     torch.testing.assert_close(extractor(grey), inception(grey.repeat(1, 3, 1, 1))[0])

@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from objectives.features import NetworkExtractor, load_extractor
-from objectives.reference import Reference, compute_reference, load_reference, read_images
+from objectives.reference import (
+    Reference,
+    compute_reference,
+    has_images,
+    load_features,
+    load_reference,
+    read_images,
+)
 from samplers.errors import InputError
 
 SHAPE = (3, 6, 4)  # C, H, W
@@ -415,6 +422,29 @@ def test_cached_statistics_are_used_until_an_image_changes(
     (folder / "class0/00.png").write_bytes(png(np.zeros((6, 4, 3), np.uint8)))
     assert not np.array_equal(load_reference(folder, extractor, SHAPE).mean, first.mean)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_the_features_of_all_images_are_computed_once_and_a_damaged_file_of_them_anew(
+    members: dict[str, bytes],
+    extractor: NetworkExtractor,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = folder_of(members, tmp_path / "images")
+    features, digest = load_features(folder, extractor, SHAPE)
+    statistics = load_reference(folder, extractor, SHAPE)
+    assert digest == statistics.digest
+    torch.testing.assert_close(features.mean(0), statistics.gaussian().mean)
+    torch.testing.assert_close(features, torch.cat([extractor(b) for b in read_images(folder, SHAPE)]))
+    assert has_images(folder)
+    assert not has_images(cache / f"{digest}.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr("objectives.reference.read_images", lambda *_, **__: pytest.fail("read again"))
+        assert torch.equal(load_features(folder, extractor, SHAPE)[0], features)
+    file = cache / f"{digest}.npy"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert torch.equal(load_features(folder, extractor, SHAPE)[0], features)
 
 
 def test_cached_statistics_are_kept_apart_by_extractor_and_treatment(

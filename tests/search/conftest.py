@@ -3,11 +3,22 @@
 import logging
 import os
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import ray
+import torch
 
 from benchmarks.servers import RayCluster, until
+from samplers.sampling import DDPM
+from search import planning
+from search.figures import grid
+from search.spec import SearchSpec
+from search.strategies.base import slope
+from search.study import Search
+from search.tuner import Progress
+from storage import Evaluator, NewJob, open_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,3 +73,81 @@ def two_nodes(postgresql_database, tmp_path_factory):
         yield cluster
     finally:
         cluster.stop()
+
+
+# --- a search in the store, played without Ray
+
+
+class Silent:
+    """A watcher that shows nothing."""
+
+    def started(self, evaluation, images, expected):
+        pass
+
+    def progressed(self, evaluation, images):
+        pass
+
+    def ended(self, evaluation):
+        pass
+
+
+def _distance(schedule, images):
+    """Least, 30, at mean 1.012 and k 0.0006; more with few images."""
+    return 30 + 2e4 * (schedule.mean - 1.012) ** 2 + 2e5 * (slope(schedule) - 0.0006) ** 2 + 2000 / images
+
+
+@pytest.fixture
+def play():
+    """play(store, strategy, **job) → Job: a finished search of 5,000 images at NFE 20 whose distances are known, with
+    influences and pictures, as Ray's trials would report it."""
+
+    def run(store, strategy="adaptive", **keys):
+        search = SearchSpec(strategy=strategy, images=5000)
+        evaluator = Evaluator(
+            fingerprint="ab" * 32, features="digits", dimension=64, reference="cd", details={}
+        )
+        job = {
+            "study_name": f"{strategy}-{keys.get('nfe', 20)}",
+            "model": "m",
+            "model_fingerprint": "ef" * 32,
+            "dataset": "d",
+            "solver": "ddpm",
+            "sampling": {"variance": "learned"},
+            "nfe": 20,
+            "strategy": strategy,
+            "images": 5000,
+            "confirm": 5000,
+            "seed": 0,
+            "spec": {"model": {"name": "m"}},
+            "evaluator": evaluator,
+            "versions": {"torch": "2.11.0"},
+        } | keys
+        made = store.create_job(NewJob(**job))
+        sampling = DDPM("ddpm", made.nfe)
+        chosen = planning.strategy(search, sampling, "discrete", 64)
+        playing = Search(store, made, chosen, Silent(), rungs=search.all_rungs, context=made.study_name)
+        store.claim(made.id, stale_after=20)
+        common = np.random.default_rng(0).normal(0, 20, 1000)
+        while (config := playing.next_trial("one")) is not None:
+            own = np.random.default_rng(len(store.evaluations(made.id))).normal(0, 1, 1000)
+            for images in config.rungs:
+                influence = (common + own).astype(np.float32)[: images // 5]
+                progress = Progress(
+                    images, _distance(config.schedule, images), images, 0.01 * images, influence
+                )
+                if config.measured and images == config.rungs[-1]:
+                    grey = 150 if config.schedule.mean > 1 else 100
+                    picture = grid(torch.full((4, 1, 8, 8), grey, dtype=torch.uint8))
+                    progress = replace(progress, metrics={"recall": 0.5}, picture=picture)
+                playing.report("one", progress)
+            playing.complete("one", None)
+        playing.check()
+        return store.set_status(made.id, "finished")
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path):
+    with open_store(f"sqlite:///{tmp_path}/store.db") as opened:
+        yield opened

@@ -303,3 +303,20 @@ def test_light_commands_import_neither_torch_nor_ray_nor_optuna(words, tmp_path)
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_report_writes_every_format_and_its_plots_and_watch_ends_with_the_job(submitted, tmp_path, url):
+    for suffix, begins in (("html", "<!doctype html>"), ("md", "# gauss on digits"), ("csv", "model,")):
+        file = tmp_path / f"report.{suffix}"
+        words = ("report", 1, "-o", file, "--plots", tmp_path / "plots", "--dashboard", "--store", url)
+        assert run(*words).exit_code == 0
+        assert file.read_text().startswith(begins)
+    assert (tmp_path / "plots" / "cost.svg").exists()
+    assert "](plots/cost.svg)" in (tmp_path / "report.md").read_text()
+    named = run("report", "--model", "gauss", "--dataset", "digits", "--nfe", 5, "--store", url)
+    assert named.output == run("report", 1, "--store", url).output
+    assert run("report", "--store", url).exit_code == 2
+    assert run("report", 1, "-o", tmp_path / "report.txt", "--store", url).exit_code == 2
+    watched = run("watch", 1, "--store", url)
+    assert watched.exit_code == 0
+    assert watched.output.startswith("job 1 finished")

@@ -65,6 +65,20 @@ def test_the_files_of_analytic_dpm_start_at_the_job_file_too(tmp_path):
     assert {s.ms_eps for s in spec.sampling} == {str(tmp_path / "official.ms_eps.pth")}
 
 
+def test_metrics_want_images_of_the_confirmation(tmp_path):
+    spec = parse(changed(metrics=["kid", "recall"], search={"confirm": 50}), "j", tmp_path)
+    assert spec.metrics == ("kid", "recall")
+    for keys, message in (
+        (
+            {"metrics": ["kid"], "search": {"strategy": "paper", "confirm": 0}},
+            "measured on search.confirm images, 0 here",
+        ),
+        ({"metrics": ["kid", "kid"]}, "metrics: each once: kid, kid"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(changed(**keys), "j", tmp_path)
+
+
 def test_bundled_names_are_no_paths(tmp_path):
     spec = parse(GOOD, "j", tmp_path)
     assert (spec.dataset.reference, spec.features) == ("digits", "digits")

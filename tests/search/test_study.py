@@ -233,11 +233,15 @@ def test_a_distance_that_is_not_finite_fails_its_trial_and_never_wins(store, job
     assert {e.images for e in failed} == {0}  # stopped at the first rung that said so
 
 
-def test_a_trial_that_ray_lost_is_failed_with_the_reason(store, job):
+def test_a_trial_that_ray_lost_is_failed_with_the_reason_and_tried_again(store, job):
     search = search_in(store, job)
     search.next_trial("a")
     search.complete("a", "its process died")
-    assert [(e.state, e.error) for e in store.evaluations(job.id)] == [("failed", "its process died")]
+    (found,) = store.evaluations(job.id)
+    assert (found.state, found.error) == ("failed", "interrupted: its process died")
+    again = search.next_trial("b")
+    assert again is not None
+    assert set(again.schedule.lambdas) == {1.0}
 
 
 def test_a_failed_trial_keeps_its_rungs_and_its_cost_and_is_stopped(store, job):

@@ -23,6 +23,7 @@ def test_the_package_exports_these_names_and_no_others():
         "JobStatus",
         "NewJob",
         "NotInStore",
+        "Pictures",
         "Store",
         "TakenOver",
         "check_store",
@@ -37,6 +38,7 @@ def test_the_package_exports_these_names_and_no_others():
     ("call", "parameters"),
     [
         (storage.open_store, {"url": None, "patience": 0.0}),
+        (Store.best_of, {"job_id": REQUIRED}),
         (Store.best, {"model": REQUIRED, "dataset": REQUIRED, "nfe": REQUIRED, "solver": None}),
         (Store.jobs, {"model": None, "dataset": None, "status": None, "limit": 50, "before_id": None}),
         (Store.job, {"job_id": REQUIRED}),
