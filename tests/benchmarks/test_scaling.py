@@ -18,9 +18,9 @@ def test_a_distance_and_messages_are_waited_for_by_all():
     times = replace(FREE, distance=2.0, message=0.01, add=0.02, influences=0.1)
     # 8 calls of 250 images, one per worker: 0.25 s, their messages, sums and distance, and the answer to each worker.
     assert simulate(times, 8, 2000, 2000)["trial"] == pytest.approx(0.25 + 8 * 0.03 + 2.0 + 8 * 0.01 + 0.1)
-    # One worker has four calls of 500 images, and nothing travels.
+    # One worker has two calls of 1,000 images, and nothing travels.
     alone = simulate(times, 1, 2000, 1000)
-    assert alone["trial"] == pytest.approx(2.0 + 4 * 0.02 + 2.0 + 4 * 0.1)
+    assert alone["trial"] == pytest.approx(2.0 + 2 * 0.02 + 2.0 + 2 * 0.1)
 
 
 def test_a_slow_process_that_hands_out_calls_is_what_many_workers_wait_for():
