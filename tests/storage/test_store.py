@@ -726,6 +726,7 @@ def test_a_database_that_goes_away_is_a_lamtune_error_without_the_password(postg
     with open_store(postgresql_url) as store:
         engine = create_engine(parse(postgresql_url))
         with engine.begin() as connection:
+            connection.execute(text("DROP TABLE lamtune_pictures"))
             connection.execute(text("DROP TABLE lamtune_evaluations"))
         engine.dispose()
         with pytest.raises(LamtuneError, match="does not exist") as caught:
