@@ -272,7 +272,11 @@ class Search:
                 self._rung(
                     running, images, distance, part, metrics=known.metrics if images == known.images else {}
                 )
-        if (picture := self._store.pictures(known.job_id).get(known.id)) is not None:
+        # Only a confirmation has one; the explorations of a search need not read all pictures of another job.
+        if (
+            known.phase == CONFIRM
+            and (picture := self._store.pictures(known.job_id).get(known.id)) is not None
+        ):
             self._attach(running, picture)
         self._end(running, None)
 
