@@ -254,7 +254,7 @@ def rungs(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
                 continue
             x = tuple(float(n) for n in sorted(e.rungs))
             y = tuple(e.rungs[int(n)] for n in x)
-            one = set(e.lambdas) == {1.0} and not e.parameters
+            one = e.is_baseline
             full = e.images == (job.confirm if e.phase == CONFIRM else job.images)
             name = "λ = 1" if one else "to the end" if full else "fewer images"
             look: Look = "baseline" if one else "first" if full else "lost"

@@ -149,7 +149,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
         )
     if best.metrics:
         lines.append("  " + ", ".join(f"{metric(name)} {value:.4g}" for name, value in best.metrics.items()))
-    if set(best.lambdas) == {1.0} and not best.parameters:
+    if best.is_baseline:
         lines.append("  nothing that was tried is better than λ = 1")
     elif best.significant is False:
         lines.append("  that is no significant gain: λ = 1 is as good, within twice the standard error")
@@ -199,7 +199,7 @@ def best_in_words(best: Best) -> str:
     distance = f"{best.distance:.4g} {error_bar(best.standard_error)}".rstrip()
     if best.baseline_distance is None:
         text = f"With {what}{extra}, {where} is {distance} ({images})."
-    elif set(best.lambdas) == {1.0} and not best.parameters:
+    elif best.is_baseline:
         text = f"λ = 1 is best: {where} is {distance} ({images}), and no schedule that was tried is better."
     else:
         won = best.baseline_distance - best.distance if best.gain is None else best.gain

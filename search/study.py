@@ -63,11 +63,6 @@ def fresh_seed(seed: int) -> int:
     return (seed + 2**62) % 2**63
 
 
-def is_baseline(evaluation: Evaluation) -> bool:
-    """λ = 1 with the job's own solver."""
-    return set(evaluation.lambdas) == {1.0} and not evaluation.parameters
-
-
 def point_of(evaluation: Evaluation, job: Job) -> Point:
     """An evaluation as strategies see it."""
     schedule = Schedule(evaluation.lambdas, evaluation.k, evaluation.b)
@@ -343,10 +338,10 @@ class Search:
         self, evaluation: Evaluation, images: int, distance: float, influence: Influence | None
     ) -> tuple[float | None, float | None]:
         """The distance of λ = 1 on the same images minus this one, and its standard error."""
-        if is_baseline(evaluation):
+        if evaluation.is_baseline:
             return 0.0, 0.0
         for other in self._tried.values():
-            if other.seed == evaluation.seed and is_baseline(other) and images in other.rungs:
+            if other.seed == evaluation.seed and other.is_baseline and images in other.rungs:
                 theirs = unpack(other.influence)
                 error = (
                     None

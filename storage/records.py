@@ -171,6 +171,11 @@ class Evaluation:
     key: str
     reused: int | None
 
+    @property
+    def is_baseline(self) -> bool:
+        """λ = 1 with the job's own solver."""
+        return set(self.lambdas) == {1.0} and not self.parameters
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
@@ -216,3 +221,8 @@ class Best:
     seconds: float
     confirm_network_evaluations: int
     confirm_seconds: float
+
+    @property
+    def is_baseline(self) -> bool:
+        """λ = 1 with the job's own solver."""
+        return set(self.lambdas) == {1.0} and not self.parameters

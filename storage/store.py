@@ -633,7 +633,7 @@ class Store:
             .order_by(EvaluationRow.number)
         )
         found = (row.record() for row in session.scalars(query))
-        return next((one for one in found if set(one.lambdas) == {1.0} and not one.parameters), None)
+        return next((one for one in found if one.is_baseline), None)
 
     @staticmethod
     def _cost(session: Session, job_id: int) -> dict[bool, _Cost]:

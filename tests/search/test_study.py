@@ -15,7 +15,7 @@ from search.spec import SearchSpec
 from search.strategies.base import FINISHED, WAIT, Candidate
 from search.strategies.confirm import Confirmed
 from search.strategies.paper import PaperStrategy
-from search.study import Search, fresh_seed, is_baseline, point_of
+from search.study import Search, fresh_seed, point_of
 from search.tuner import Progress
 from storage import CONFIRM, Evaluator, NewJob, open_store
 
@@ -339,7 +339,7 @@ def test_a_solver_with_other_parameters_is_no_baseline(store, job):
     other, longer = store.evaluations(job.id)
     assert configs[0].parameters == {"eta": 0.5} == other.parameters
     assert configs[0].key != configs[1].key
-    assert not is_baseline(other)
+    assert not other.is_baseline
     assert other.gain is None is longer.gain
     study = optuna.load_study(study_name="study", storage=store.optuna_storage())
     assert study.trials[0].user_attrs["eta"] == 0.5
