@@ -43,27 +43,30 @@ class Generated:
 class Real:
     """Features [M, D] of the real images on the device of the generated ones'; make it with `of`, once.
 
-    radii: distance to the third nearest other one [M], float64; what precision asks of every trial.
+    What every trial asks of them: radii, the distance to the third nearest other one [M], float64 (precision); within,
+    the mean of KID's kernel over pairs of different ones.
     """
 
     features: Tensor
     radii: Tensor
+    within: float
 
     @classmethod
     def of(cls, features: Tensor) -> "Real":
         """Raises InputError for fewer than 4 images, NonFiniteError for NaN or infinite entries."""
         _check("features of the real images", features)
-        return cls(features, _radii(features))
+        y, m = features.double(), len(features)
+        pairs = sum(float(kernel(part, y).sum() - kernel_of_itself(part).sum()) for part in rows(y, y))
+        return cls(features, _radii(features), pairs / (m * (m - 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a metric needs, which way it is better, and how it is computed."""
+    """What a metric needs, and how it is computed."""
 
     of: Callable[[Generated, Real | None], float]
     needs_real: bool
     needs_logits: bool
-    higher_is_better: bool
 
 
 def kid(generated: Generated, real: Real) -> float:
@@ -74,7 +77,7 @@ def kid(generated: Generated, real: Real) -> float:
     """
     x, y = generated.features, real.features
     size = min(_KID_SUBSET, len(x), len(y))
-    _need(size, 2, "kid")
+    need(size, 2, "kid")
     rng = np.random.RandomState(_SEED)  # torch-fidelity's generator: the same subsets
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for _ in range(_KID_SUBSETS):
@@ -83,41 +86,49 @@ def kid(generated: Generated, real: Real) -> float:
             for part in (x, y)
         )
         # The sum over pairs of different images of one set; a pair of both sets is never of the same image.
-        within = sum(kernel.sum() - kernel.diagonal().sum() for kernel in (_kernel(a, a), _kernel(b, b)))
-        total += within / (size * (size - 1)) - 2 * _kernel(a, b).mean()
+        pairs = sum(kernel(part, part).sum() - kernel_of_itself(part).sum() for part in (a, b))
+        total += pairs / (size * (size - 1)) - 2 * kernel(a, b).mean()
     return float(total / _KID_SUBSETS)
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
+def kernel(a: Tensor, b: Tensor) -> Tensor:
+    """KID's kernel (x·y/D + 1)³ of every pair of rows: [A, D] and [B, D] → [A, B]."""
     return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def kernel_of_itself(a: Tensor) -> Tensor:
+    """The diagonal [A] of `kernel(a, a)`."""
+    return (a.square().sum(1) / a.shape[1] + 1) ** 3
 
 
 def precision(generated: Generated, real: Real) -> float:
     """Improved precision (Kynkäänniemi et al. 2019): the share of generated images that lie within the distance of a
     real one to its third nearest neighbour."""
-    return _share_within(generated.features, real.features, real.radii)
+    return float(within(generated.features, real.features, real.radii).mean())
 
 
 def recall(generated: Generated, real: Real) -> float:
     """Improved recall (Kynkäänniemi et al. 2019): the share of real images that lie within the distance of a generated
     one to its third nearest neighbour. Raises InputError for fewer than 4 images."""
-    return _share_within(real.features, generated.features, _radii(generated.features))
+    return float(within(real.features, generated.features, _radii(generated.features)).mean())
 
 
 def _radii(features: Tensor) -> Tensor:
     """The distance [N] of each image to its third nearest other one."""
-    _need(len(features), _NEIGHBOURS + 1, "precision and recall")
-    parts = _rows(features, features)
+    need(len(features), _NEIGHBOURS + 1, "precision and recall")
+    parts = rows(features, features)
     # The nearest of all is the image itself.
     return torch.cat([_distances(part, features).kthvalue(_NEIGHBOURS + 1, dim=1).values for part in parts])
 
 
-def _share_within(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    hits = [(_distances(part, centres) <= radii).any(dim=1) for part in _rows(points, centres)]
-    return float(torch.cat(hits).double().mean())
+def within(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """Whether each point lies within the radius of any centre: 1 or 0 [points], float64."""
+    hits = [(_distances(part, centres) <= radii).any(dim=1) for part in rows(points, centres)]
+    return torch.cat(hits).double()
 
 
-def _rows(points: Tensor, centres: Tensor) -> tuple[Tensor, ...]:
+def rows(points: Tensor, centres: Tensor) -> tuple[Tensor, ...]:
+    """The points in parts, so few that one number for each pair of a point and a centre fits into memory."""
     return torch.split(points, max(1, _PAIRS // len(centres)))
 
 
@@ -133,7 +144,7 @@ def inception_score(generated: Generated) -> float:
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # seconds of imports
 
     assert generated.logits is not None
-    _need(len(generated.logits), _SPLITS, "inception_score")
+    need(len(generated.logits), _SPLITS, "inception_score")
     return float(isc_features_to_metric(generated.logits, _SPLITS, True, _SEED)[KEY_METRIC_ISC_MEAN])
 
 
@@ -146,14 +157,13 @@ def _with_real(function: Callable[[Generated, Real], float]) -> Callable[[Genera
 
 
 METRICS: Mapping[str, Metric] = {
-    "kid": Metric(_with_real(kid), needs_real=True, needs_logits=False, higher_is_better=False),
-    "precision": Metric(_with_real(precision), needs_real=True, needs_logits=False, higher_is_better=True),
-    "recall": Metric(_with_real(recall), needs_real=True, needs_logits=False, higher_is_better=True),
+    "kid": Metric(_with_real(kid), needs_real=True, needs_logits=False),
+    "precision": Metric(_with_real(precision), needs_real=True, needs_logits=False),
+    "recall": Metric(_with_real(recall), needs_real=True, needs_logits=False),
     "inception_score": Metric(
         lambda generated, _: inception_score(generated),
         needs_real=False,
         needs_logits=True,
-        higher_is_better=True,
     ),
 }
 """Every metric by the name that a job file gives it."""
@@ -164,20 +174,23 @@ def need_real(names: Iterable[str]) -> bool:
     return any(METRICS[name].needs_real for name in names)
 
 
-def check(names: Iterable[str], *, real: bool, logits: bool) -> None:
-    """Raises InputError where a name is none of METRICS, or needs real features or logits that there are not."""
+def check(key: str, names: Iterable[str], *, real: bool, logits: bool) -> None:
+    """Raises InputError where a name is none of METRICS, or needs real features or logits that there are not.
+
+    key: of the job file, which has the names.
+    """
     for name in names:
         metric = METRICS.get(name)
         if metric is None:
-            raise InputError(f"metrics: {name!r} is not known; there are {', '.join(METRICS)}")
+            raise InputError(f"{key}: {name!r} is not known; there are {', '.join(METRICS)}")
         if metric.needs_real and not real:
             raise InputError(
-                f"metrics: {name} needs the real images and not their statistics alone; name a folder, an archive or "
+                f"{key}: {name} needs the real images and not their statistics alone; name a folder, an archive or "
                 "an .npz of them as dataset.images"
             )
         if metric.needs_logits and not logits:
             raise InputError(
-                f"metrics: {name} needs features with class logits, and these have none; use inception-v3-compat"
+                f"{key}: {name} needs features with class logits, and these have none; use inception-v3-compat"
             )
 
 
@@ -193,7 +206,8 @@ def measure(names: Iterable[str], generated: Generated, real: Real | None = None
     return values
 
 
-def _need(count: int, least: int, what: str) -> None:
+def need(count: int, least: int, what: str) -> None:
+    """Raises InputError for fewer images than `what` needs."""
     if count < least:
         raise InputError(f"{what} needs at least {least} images, not {count}: ask for more images")
 

@@ -5,7 +5,7 @@ All that happens on a GPU happens here. Knows nothing of Ray, Optuna or SQL; `se
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby, pairwise
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from objectives import losses
 from objectives.features import NetworkExtractor, load_extractor
 from objectives.frechet import FrechetReference
 from objectives.influence import Sensitivity
@@ -31,7 +32,7 @@ from samplers.sampling import Solver, with_parameters
 from samplers.schedule import Schedule
 from search import figures
 from search.blocks import FeatureCache
-from search.spec import DatasetSpec, JobSpec
+from search.spec import FRECHET, DatasetSpec, JobSpec
 
 # Images whose features are taken together, always cut at multiples of this id: float32 features may change in
 # their last bits with the batch, and must not with the way in which a trial is split.
@@ -219,13 +220,30 @@ class Evaluator:
         self.extractor.to(self.device)
         return found
 
-    def metrics(self, names: Iterable[str], real: Real | None, parts: Iterable[Features]) -> dict[str, float]:
-        """The values of `objectives.metrics` on the features of an evaluation, in parts in the order of ids.
+    def metrics(
+        self, names: Collection[str], real: Real | None, parts: Iterable[Features]
+    ) -> dict[str, float]:
+        """The values of `objectives.metrics`, and `frechet`, on the features of an evaluation, in parts in the order of
+        ids.
 
         real: on this device; None where no metric needs it. Raises as `measure` does.
         """
+        made, known = self._generated(parts), {}
+        if FRECHET in names:
+            known[FRECHET] = self.frechet.distance(Moments.of(made.features))
+        return known | measure([name for name in names if name != FRECHET], made, real)
+
+    def score(
+        self, objective: str, real: Real | None, parts: Iterable[Features]
+    ) -> tuple[float, NDArray[np.float64] | None]:
+        """A loss of `objectives.losses` and the influence [n] of each image on it; parts, real: see `metrics`."""
+        loss, influences = losses.measure(objective, self._generated(parts), real)
+        return loss, None if influences is None else influences.cpu().numpy()
+
+    def _generated(self, parts: Iterable[Features]) -> Generated:
+        # Ray hands out read-only views of its object store: a tensor must own its memory.
         features = torch.cat([torch.tensor(part, device=self.device) for part in parts])
-        return measure(names, Generated(features, self.extractor.logits(features)), real)
+        return Generated(features, self.extractor.logits(features))
 
     def picture(
         self, sampling: Solver, schedule: Schedule, seed: int, parameters: Mapping[str, float]

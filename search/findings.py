@@ -12,7 +12,7 @@ from typing import Any
 
 from search import plots, sensitivity
 from search.plots import Plot
-from search.report import best_as_dict, best_in_words, duration, error_bar, gain, metric, number
+from search.report import amount, best_as_dict, best_in_words, duration, error_bar, gain, metric, number
 from search.sensitivity import Sensitivity
 from storage import CONFIRM, Best, Evaluation, Job, NotInStore, Store
 
@@ -150,16 +150,24 @@ def _results(found: Findings) -> Table:
     rows = [
         (
             described(e),
-            _value(e.distance),
+            amount(e.distance),
             error_bar(e.standard_error),
             gain(e),
-            *(_value(e.metrics.get(name)) for name in names),
+            *(amount(e.metrics.get(name)) for name in names),
             f"{e.images:,}",
             "stopped, it had lost" if e.state == "pruned" else "",
         )
         for e in confirmed
     ]
-    header = ("schedule", "distance", "±", "gain over λ = 1", *map(metric, names), "images", "")
+    header = (
+        "schedule",
+        found.job.evaluator.objective,
+        "±",
+        "gain over λ = 1",
+        *map(metric, names),
+        "images",
+        "",
+    )
     fresh = bool(confirmed) and confirmed[0].phase == CONFIRM
     note = "Measured on random numbers that the search has not seen." if fresh else ""
     if "inception_score" in names and not found.job.evaluator.features.startswith("inception"):
@@ -179,7 +187,7 @@ def _lines(found: Findings) -> list[Table]:
         values = sorted(line.values)
         best = min(values, key=lambda x: line.values[x])
         mark = ["*" if x == best else "" for x in values]
-        row = ("distance", *(f"{_value(line.values[x])}{m}" for x, m in zip(values, mark, strict=True)))
+        row = ("distance", *(f"{amount(line.values[x])}{m}" for x, m in zip(values, mark, strict=True)))
         header = (
             name if other == "mean λ" or line.other == 0 else "mean λ",
             *(number(round(x, 6)) for x in values),
@@ -212,8 +220,8 @@ def _side_by_side(others: Sequence[Best]) -> Table:
             str(one.nfe),
             number(one.k),
             "free" if one.b is None else number(one.b),
-            _value(one.baseline_distance),
-            _value(one.distance),
+            amount(one.baseline_distance),
+            amount(one.distance),
             "" if one.gain is None else f"{one.gain:+.4g} {error_bar(one.gain_error)}",
             f"{one.images:,}",
             str(one.trials),
@@ -235,7 +243,7 @@ def _trials(evaluations: Sequence[Evaluation]) -> Table:
             number(round(e.mean, 6)),
             number(None if e.k is None else round(e.k, 6)),
             f"{e.images:,}",
-            _value(e.distance),
+            amount(e.distance),
             error_bar(e.standard_error),
             gain(e),
             e.error or (e.state if e.reused is None else f"{e.state}, known before"),
@@ -281,9 +289,5 @@ def _again(found: Findings) -> Table:
         "versions": ", ".join(f"{name} {value}" for name, value in job.versions.items()) or "not recorded",
     }
     if job.warm_start is not None:
-        facts["began at"] = ", ".join(f"{key} {value}" for key, value in job.warm_start.items())
+        facts["began at"] = ", ".join(f"{key} {x}" for key, x in job.warm_start.items())
     return Table("To do it again", ("", ""), tuple(facts.items()))
-
-
-def _value(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.4f}"

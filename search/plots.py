@@ -110,7 +110,7 @@ def distances(job: Job, evaluations: Sequence[Evaluation], axis: int, fitted: Fi
         key=f"distance-over-{name}",
         title=f"Distance over {'the mean λ' if axis == 0 else 'k'}",
         x_label=_LABELS[name],
-        y_label="Fréchet distance",
+        y_label=job.evaluator.objective,
         panels=tuple(panels),
         note="Bars: standard error of the difference to the lowest point of the panel. "
         "Lines join trials that differ in nothing else.",
@@ -268,7 +268,7 @@ def rungs(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
         key="distance-over-images",
         title="Distance over images",
         x_label="images so far",
-        y_label="Fréchet distance",
+        y_label=job.evaluator.objective,
         panels=tuple(panels),
         note="Distances of unequal numbers of images do not compare. Crosses: trials that ended with fewer.",
         log_x=True,

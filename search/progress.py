@@ -11,7 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from search.report import duration, error_bar, gain, number
+from search.report import amount, duration, error_bar, gain, number
 from storage import CONFIRM, Evaluation, Job
 
 
@@ -41,7 +41,7 @@ class TerminalWatcher:
     def __enter__(self) -> Self:
         self._console.print(
             f"job {self._job.id}: {self._job.model} on {self._job.dataset}, {self._job.solver}, "
-            f"NFE {self._job.nfe}, {self._job.images:,} images a trial"
+            f"NFE {self._job.nfe}, {self._job.images:,} images a trial; distance: {self._job.evaluator.objective}"
         )
         self._console.print(
             f"{'trial':>5}  {'phase':8}  {'mean λ':>8}  {'k':>9}  {'images':>7}  "
@@ -71,9 +71,7 @@ class TerminalWatcher:
         """See `search.study.Watcher`."""
         self._ended += 1
         if evaluation.distance is not None and evaluation.state != "failed":
-            result = (
-                f"{evaluation.distance:9.4f} {error_bar(evaluation.standard_error):<7} {gain(evaluation)}"
-            )
+            result = f"{amount(evaluation.distance):>9} {error_bar(evaluation.standard_error):<7} {gain(evaluation)}"
             if evaluation.gain is not None and evaluation.phase == CONFIRM:
                 self._best = min(evaluation.distance, self._best or math.inf)
         else:
@@ -89,7 +87,7 @@ class TerminalWatcher:
         )
 
     def _show(self, evaluation: Evaluation, images: int) -> None:
-        best = "" if self._best is None else f" · best {self._best:.3f}"
+        best = "" if self._best is None else f" · best {amount(self._best)}"
         self._bar.update(
             self._task,
             completed=images,

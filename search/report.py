@@ -42,6 +42,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02}"
 
 
+def amount(number: float | None, sign: str = "") -> str:
+    """A distance or a difference (sign: "+") of any size; – where there is none."""
+    return "–" if number is None else f"{number:{sign}.4g}" if abs(number) < 1 else f"{number:{sign}.4f}"
+
+
 def error_bar(value: float | None) -> str:
     """± 0.12; nothing where it is not known."""
     return "" if value is None else f"± {value:.2g}"
@@ -49,14 +54,14 @@ def error_bar(value: float | None) -> str:
 
 def metric(name: str) -> str:
     """A metric's name as people write it."""
-    return {"kid": "KID"}.get(name, name.replace("_", " "))
+    return {"kid": "KID", "frechet": "Fréchet distance"}.get(name, name.replace("_", " "))
 
 
 def gain(evaluation: Evaluation) -> str:
     """How much better than λ = 1 on the same images, with its error bar; nothing for λ = 1 itself."""
     if evaluation.gain is None or (evaluation.gain == 0 and evaluation.gain_error == 0):
         return ""
-    return f"{evaluation.gain:+.4f} {error_bar(evaluation.gain_error)}".rstrip()
+    return f"{amount(evaluation.gain, '+')} {error_bar(evaluation.gain_error)}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
         "random numbers that the search has not seen" if best.confirmed else "the search's own random numbers"
     )
     lines.append(
-        f"  distance {best.distance:.4f} {error_bar(best.standard_error)}".rstrip()
+        f"  {best.objective} {amount(best.distance)} {error_bar(best.standard_error)}".rstrip()
         + f" with {best.images:,} images, on {fresh}"
     )
     base, won = best.baseline_distance, best.gain
@@ -145,7 +150,8 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
         won = base - best.distance if won is None else won
         share = f" ({100 * won / base:.1f} %)" if base > 0 else ""
         lines.append(
-            f"  λ = 1 gives {base:.4f}: a gain of {won:.4f} {error_bar(best.gain_error)}".rstrip() + share
+            f"  λ = 1 gives {amount(base)}: a gain of {amount(won)} {error_bar(best.gain_error)}".rstrip()
+            + share
         )
     if best.metrics:
         lines.append("  " + ", ".join(f"{metric(name)} {value:.4g}" for name, value in best.metrics.items()))
@@ -162,7 +168,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
             else f"a free schedule of mean {number(round(second.mean, 6))}"
         )
         lines.append(
-            f"  the runner-up, {what}, is behind by {second.behind:.4f} {error_bar(second.behind_error)} "
+            f"  the runner-up, {what}, is behind by {amount(second.behind)} {error_bar(second.behind_error)} "
             f"on {second.images:,} images"
         )
     lines.append(
@@ -192,7 +198,7 @@ def best_in_words(best: Best) -> str:
     else:
         what = f"λ_t = {number(best.k)}·t + {number(best.b)} (t = 0 is the last of {best.nfe} evaluations)"
     extra = "".join(f", with {name} {number(value)}" for name, value in best.parameters.items())
-    where = f"the Fréchet distance of {best.model} on {best.dataset} with {best.solver}"
+    where = f"the {best.objective} of {best.model} on {best.dataset} with {best.solver}"
     images = f"{best.images:,} images" + (
         " on random numbers that the search has not seen" if best.confirmed else ""
     )
@@ -237,7 +243,6 @@ def job_as_text(job: Job, tried: Sequence[Evaluation]) -> str:
     ]
     if ranked:
         distance, trial, best = min(ranked, key=lambda entry: entry[:2])
-        lines.append(
-            f"  lowest distance {distance:.4f} in trial {trial}, b {number(best.b)}, k {number(best.k)}"
-        )
+        where = f"in trial {trial}, b {number(best.b)}, k {number(best.k)}"
+        lines.append(f"  lowest {job.evaluator.objective} {amount(distance)} {where}")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from objectives.losses import LOSSES
 from objectives.metrics import check, need_real
 from objectives.reference import Reference, has_images
 from samplers.errors import InputError, LamtuneError
@@ -35,7 +36,7 @@ from search.ms_eps import Complete, complete
 from search.planning import Start
 from search.progress import TerminalWatcher
 from search.report import best_as_text, exploration, runner_up
-from search.spec import JobSpec, from_dict
+from search.spec import FRECHET, JobSpec, from_dict
 from search.strategies.base import Strategy
 from search.study import Search
 from storage import STALE_S, ConnectionLost, Job, NewJob, NotInStore, Store, TakenOver, open_store
@@ -126,16 +127,32 @@ def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
 
 
 def _real(spec: JobSpec, evaluator: Evaluator, progress: Callable[[int, int], None]) -> str | None:
-    """Check the job's metrics, and cache the real images' features for the workers where one needs them; returns the
-    digest of those that the reference statistics are not of. Raises InputError."""
-    if not spec.metrics:
+    """Check the job's objective and metrics, and cache the real images' features for the workers where one needs them;
+    returns the digest of those that the reference statistics are not of. Raises InputError."""
+    objective = () if spec.objective == FRECHET else (spec.objective,)
+    names = (*objective, *spec.metrics)
+    if not names:
         return None
     images = has_images(spec.dataset.images or spec.dataset.reference)
-    check(spec.metrics, real=images, logits=evaluator.extractor.head is not None)
-    if not need_real(spec.metrics):
+    logits = evaluator.extractor.head is not None
+    check("metrics", spec.metrics, real=images, logits=logits)
+    check("objective", objective, real=images, logits=logits)
+    if objective and not LOSSES[spec.objective].error_bars and spec.search.strategy != "paper":
+        raise InputError(
+            f"objective: {spec.objective} has no error bars, which search.strategy {spec.search.strategy} needs: "
+            "give strategy: paper"
+        )
+    if not need_real(names):
         return None
     _, digest = evaluator.real(spec.dataset, progress)
     return digest if spec.dataset.images is not None else None
+
+
+def _fingerprint(spec: JobSpec, evaluator: Evaluator, real: str | None) -> str:
+    """What makes two distances comparable; real: see `_real`."""
+    if spec.objective == FRECHET:
+        return evaluator.fingerprint
+    return _digest([evaluator.fingerprint, spec.objective, real])
 
 
 def _strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator, start: Start | None) -> Strategy:
@@ -168,10 +185,11 @@ def _search(
     that it must be; raises InputError where it is not. real: see `_real`.
     """
     number_type = precision(spec, torch.device(resources.device))
+    fingerprint = _fingerprint(spec, evaluator, real)
     sampling = asdict(asked) if ready.ms_eps is None else asdict(asked) | {"ms_eps": ready.ms_eps}
     numbers = {
         "model": [evaluator.model.fingerprint, number_type],
-        "evaluator": evaluator.fingerprint,
+        "evaluator": fingerprint,
         "sampling": sampling,
     }
     if real is not None:
@@ -188,10 +206,10 @@ def _search(
         f"{_digest(identity)[:8]}"
     )
     if resumed is not None and name != resumed.study_name:
-        raise InputError(_difference(resumed, spec, evaluator, number_type))
+        raise InputError(_difference(resumed, spec, evaluator, fingerprint, number_type))
     job = store.find_job(name)
     if job is None:
-        start = warm_start(store, spec, asked, evaluator) if spec.search.warm_start else None
+        start = warm_start(store, spec, asked, evaluator, fingerprint) if spec.search.warm_start else None
         job = store.create_job(
             NewJob(
                 study_name=name,
@@ -207,14 +225,15 @@ def _search(
                 seed=spec.search.seed,
                 spec=spec.as_dict(),
                 evaluator=StoredEvaluator(
-                    fingerprint=evaluator.fingerprint,
+                    fingerprint=fingerprint,
                     features=evaluator.extractor.name,
                     dimension=evaluator.extractor.dim,
                     reference=evaluator.reference.digest,
                     details={
                         "reference": evaluator.reference.source,
                         "reference_images": evaluator.reference.n,
-                    },
+                    }
+                    | ({} if spec.objective == FRECHET else {"objective": LOSSES[spec.objective].label}),
                 ),
                 warm_start=None if start is None else asdict(start),
                 versions=_versions(resources.device),
@@ -224,15 +243,15 @@ def _search(
     return _Search(job, ready.sampling, _strategy(spec, asked, evaluator, start), _digest(numbers))
 
 
-def _difference(job: Job, spec: JobSpec, evaluator: Evaluator, number_type: str) -> str:
+def _difference(job: Job, spec: JobSpec, evaluator: Evaluator, fingerprint: str, number_type: str) -> str:
     """Why a job cannot go on: what it would measure now does not compare with what it has measured."""
     if job.model_fingerprint != evaluator.model.fingerprint:
         files = [f"{key} ({path})" for key, path in spec.files.items() if key.startswith("model.")]
         reason = f"{' or '.join(files) or 'model'} has changed since"
     elif job.evaluator.reference != evaluator.reference.digest:
         reason = f"dataset.reference ({spec.dataset.reference}) has changed since"
-    elif job.evaluator.fingerprint != evaluator.fingerprint:
-        reason = f"features ({spec.features}) have changed since"
+    elif job.evaluator.fingerprint != fingerprint:
+        reason = f"features ({spec.features}), or the real images, have changed since"
     elif job.sampling["precision"] != number_type:
         reason = (
             f"it was begun in {job.sampling['precision']}, and here model.precision would be {number_type}"
@@ -254,13 +273,15 @@ def _versions(device: str) -> dict[str, str]:
     return found
 
 
-def warm_start(store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator) -> Start | None:
+def warm_start(
+    store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator, fingerprint: str
+) -> Start | None:
     """The best schedule of the most alike finished job: the same network at another NFE, the nearest one, else another
     network on the same data; of the same solver and evaluator in any case. None where there is none, or for the
     paper's protocol, which begins at λ = 1."""
     if spec.search.strategy == "paper":
         return None
-    alike = store.alike(spec.dataset.name, sampling.solver, evaluator.fingerprint)
+    alike = store.alike(spec.dataset.name, sampling.solver, fingerprint)
 
     def distance(job: Job) -> tuple[bool, float, int]:
         other = job.model_fingerprint != evaluator.model.fingerprint
@@ -321,6 +342,7 @@ def _run(
                                 watcher,
                                 rungs=spec.search.all_rungs,
                                 context=one.context,
+                                whole=spec.objective != FRECHET,
                                 metrics=spec.metrics,
                             )
                             tuner.run_trials(found, workers, one.sampling, resources.unit)

@@ -24,6 +24,9 @@ from pydantic import (
 from samplers.errors import InputError
 from samplers.sampling import SOLVERS, Analytic, Sampling
 
+FRECHET: Literal["frechet"] = "frechet"
+"""The objective that is the Fréchet distance; the others are names of `objectives.losses`."""
+
 DEFAULT_RUNGS = (1000, 2500, 5000)
 _METRIC_IMAGES = 10  # what the splits of the Inception score need
 
@@ -139,7 +142,8 @@ class ResourcesSpec(_Section):
 class JobSpec(_Section):
     """A whole job: one search per entry of `sampling` (a list of NFE in the file makes several).
 
-    metrics: what is measured of λ = 1 and of what was found besides the distance; see `objectives.metrics`.
+    objective: what the search minimises, `frechet` or one of `objectives.losses`. metrics: what is measured of λ = 1
+    and of what was found besides; see `objectives.metrics`.
     """
 
     model: ModelSpec
@@ -147,6 +151,7 @@ class JobSpec(_Section):
     features: str | dict[str, Any] = "inception-v3-compat"
     sampling: tuple[Sampling, ...]
     search: SearchSpec = SearchSpec()
+    objective: Literal["frechet", "kid", "precision", "recall", "inception_score"] = FRECHET
     metrics: tuple[str, ...] = ()
     resources: ResourcesSpec = ResourcesSpec()
     _folder: Path = PrivateAttr(default=Path())

@@ -39,8 +39,9 @@ class TrialConfig:
     """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
 
     rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
-    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: in the end
-    the job's further metrics are computed and a picture is made.
+    begun before the rung is known. key: of the feature cache, see `search.blocks`. whole: the objective is one of
+    `objectives.losses`, of all features at once and not of their moments. measured: in the end the job's further
+    metrics are computed and a picture is made.
     """
 
     schedule: Schedule
@@ -49,6 +50,7 @@ class TrialConfig:
     key: str
     rungs: tuple[int, ...]
     racing: bool
+    whole: bool = False
     measured: bool = False
 
 
@@ -98,8 +100,8 @@ class SearchLoop(Protocol):
 
 
 class _Call(NamedTuple):
-    """A call at a worker: what it does ("sample", "merge", "influences" or "conclude"), for which images; how often it
-    was lost."""
+    """A call at a worker: what it does ("sample", then "merge" and "influences", or "score", and "conclude"), for which
+    images; how often it was lost."""
 
     kind: str
     rung: int
@@ -207,12 +209,18 @@ class Trial(tune.Trainable):
             if call.kind == "merge":
                 self._merged(value)
                 continue
-            self._influences[call.start] = value
-            if len(self._influences) == sum(end <= self._end for _, end, _ in self._features.values()):
-                if self._config.measured and self._rung == len(self._config.rungs) - 1:
-                    self._todo.appendleft(_Call("conclude", self._rung, 0, self._end))
+            if call.kind == "score":
+                loss, influences = value
+                self._know(loss)
+                self._influences = {} if influences is None else {0: influences}
+            else:
+                self._influences[call.start] = value
+                if len(self._influences) < sum(end <= self._end for _, end, _ in self._features.values()):
                     continue
-                return self._rung_result()
+            if self._config.measured and self._rung == len(self._config.rungs) - 1:
+                self._todo.appendleft(_Call("conclude", self._rung, 0, self._end))
+                continue
+            return self._rung_result()
 
     # ---- workers that come and go
 
@@ -273,7 +281,7 @@ class Trial(tune.Trainable):
                     return
             elif call.kind == "influences" and self._features[call.start][0] in self._load:
                 worker = self._features[call.start][0]  # features need not travel
-            elif call.kind == "conclude":
+            elif call.kind in ("score", "conclude"):
                 worker = min(self._load)  # the same one while it lives: it has the real images' features
             self._todo.popleft()
             self._pending[self._call(self._workers[worker], call)] = worker, call
@@ -295,11 +303,16 @@ class Trial(tune.Trainable):
             total, distance, sensitivity = worker.merge.options(num_returns=3).remote(*parts)
             self._sum = [total, sensitivity]
             return distance
+        if call.kind == "score":
+            return worker.score.remote(*self._features_of(call.stop))
         if call.kind == "conclude":
-            config = self._config
-            parts = [self._features[start][2] for start in sorted(self._features)]
+            config, parts = self._config, self._features_of(call.stop)
             return worker.conclude.remote(*self._job, config.schedule, config.seed, config.parameters, *parts)
         return worker.influences.remote(self._sensitivity, self._features[call.start][2])
+
+    def _features_of(self, images: int) -> list[Any]:
+        """References of the features of the first images, in the order of ids."""
+        return [self._features[start][2] for start in sorted(self._features) if start < images]
 
     @property
     def _end(self) -> int:
@@ -314,25 +327,29 @@ class Trial(tune.Trainable):
         if self._summed + there < self._end:
             return
         self._measuring, self._influences = True, {}
-        self._todo.appendleft(_Call("merge", self._rung, 0, self._end))
+        self._todo.appendleft(_Call("score" if self._config.whole else "merge", self._rung, 0, self._end))
 
     def _merged(self, distance: float) -> None:
         """The rung's distance is known: ask how much each of its images moves it."""
         self._total, self._sensitivity = self._sum
-        self._distance, self._summed = distance, self._end
-        for start in [start for start in self._moments if start < self._end]:
-            del self._moments[start]
+        self._know(distance)
         for start, (_, stop, _) in self._features.items():
             if stop <= self._end:
                 self._todo.appendleft(_Call("influences", self._rung, start, stop))
 
+    def _know(self, distance: float) -> None:
+        """The rung has its distance, and its moments have served."""
+        self._distance, self._summed = distance, self._end
+        for start in [start for start in self._moments if start < self._end]:
+            del self._moments[start]
+
     def _rung_result(self) -> dict[str, Any]:
-        influences = np.concatenate([self._influences[start] for start in sorted(self._influences)])
+        parts = [self._influences[start] for start in sorted(self._influences)]
         images, self._rung, self._measuring = self._end, self._rung + 1, False
         self._measure()
         return self._result(
             distance=self._distance,
-            influence=block_means(influences),
+            influence=block_means(np.concatenate(parts)) if parts else None,
             images=images,
             metrics=self._conclusion[0],
             picture=self._conclusion[1],

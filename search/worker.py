@@ -11,7 +11,7 @@ import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -89,16 +89,27 @@ class SamplerWorker:
     ) -> tuple[dict[str, float], bytes]:
         """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator.
 
-        The first call loads the real images' features, which the driver has cached, where a metric needs them.
+        Where the search minimises something else, the Fréchet distance is one of them.
         """
+        from search.spec import FRECHET
+
+        names = self._spec.metrics if self._spec.objective == FRECHET else (FRECHET, *self._spec.metrics)
+        metrics = self._evaluator.metrics(names, self._real_for(self._spec.metrics), parts) if names else {}
+        return metrics, self._evaluator.picture(sampling, schedule, seed, parameters)
+
+    def score(self, *parts: Features) -> tuple[float, NDArray[np.float64] | None]:
+        """The job's objective, from features in the order of ids; see Evaluator."""
+        objective = self._spec.objective
+        return self._evaluator.score(objective, self._real_for((objective,)), parts)
+
+    def _real_for(self, names: Collection[str]) -> Real | None:
+        """The real images' features, which the driver has cached, where a metric needs them; loaded once."""
         from objectives.metrics import Real, need_real
 
-        names = self._spec.metrics
         if self._real is None and need_real(names):
             features, _ = self._evaluator.real(self._spec.dataset)
             self._real = Real.of(features.to(self._device))
-        metrics = self._evaluator.metrics(names, self._real, parts) if names else {}
-        return metrics, self._evaluator.picture(sampling, schedule, seed, parameters)
+        return self._real
 
     def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
         """See Evaluator.influences."""

@@ -41,7 +41,7 @@ class Evaluator:
 
     `fingerprint`: hex digest of all the rest (extractor weights, resize, precision, reference statistics).
     `features`: name of the extractor. `dimension`: of its features. `reference`: digest of the reference
-    statistics. `details`: precision, resize and the like, for people to read.
+    statistics. `details`: for people to read, as `objective`, what is minimised where it is not the Fréchet distance.
     """
 
     fingerprint: str
@@ -55,6 +55,11 @@ class Evaluator:
         if self.dimension < 1:
             raise InputError(f"dimension is {self.dimension}: an evaluator has at least one feature")
         _check_json("details", self.details)
+
+    @property
+    def objective(self) -> str:
+        """What is called a distance, in words."""
+        return str(self.details.get("objective", "Fréchet distance"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,13 +187,13 @@ class Best:
     """The best schedule that the store has for a (model, dataset, NFE), and what finding it cost.
 
     `k`, `b`, `lambdas`, `parameters`, `number`, `phase`, `distance`, `standard_error`, `gain`, `gain_error`, `images`,
-    `seed`, `metrics`: of the winning evaluation (see `Evaluation`). `significant`: whether the gain is more than
-    twice its standard error; None where that is not known. `confirmed`: whether its random numbers are other
-    ones than the search's, so that no luck of the search is in the distance. `baseline_distance`: of λ = 1 in the
-    same job, on the same random numbers and as many images; None where that was not measured. `images`, `seed`,
-    `evaluator` (fingerprint) and `model_fingerprint` say what the distance may be compared with. `trials`,
-    `network_evaluations` and `seconds` cover every evaluation of the winning job's search, pruned and failed ones
-    too; `confirm_network_evaluations` and `confirm_seconds` its confirmation.
+    `seed`, `metrics`: of the winning evaluation (see `Evaluation`). `objective`: what the distance is, in words; less
+    is better. `significant`: whether the gain is more than twice its standard error; None where that is not known.
+    `confirmed`: whether its random numbers are other ones than the search's, so that no luck of the search is in the
+    distance. `baseline_distance`: of λ = 1 in the same job, on the same random numbers and as many images; None where
+    that was not measured. `images`, `seed`, `evaluator` (fingerprint) and `model_fingerprint` say what the distance may
+    be compared with. `trials`, `network_evaluations` and `seconds` cover every evaluation of the winning job's search,
+    pruned and failed ones too; `confirm_network_evaluations` and `confirm_seconds` its confirmation.
     """
 
     model: str
@@ -211,6 +216,7 @@ class Best:
     images: int
     seed: int
     metrics: Mapping[str, float]
+    objective: str
     evaluator: str
     job_id: int
     number: int

@@ -605,6 +605,7 @@ class Store:
             images=winner.images,
             seed=winner.seed,
             metrics=winner.metrics,
+            objective=job.evaluator.objective,
             evaluator=job.evaluator.fingerprint,
             job_id=job.id,
             number=winner.number,

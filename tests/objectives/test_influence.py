@@ -1,7 +1,6 @@
 """objectives.influence: the derivative of the distance by images, and the error bars that follow from it."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,17 +13,10 @@ from objectives.moments import Moments
 from objectives.paired import block_means, difference_error, standard_error
 from samplers.errors import InputError, NonFiniteError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Floats = NDArray[np.float64]
 DIM = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small matrices: threads that share them wait for each other where processors are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def features(n: int, seed: int = 0, dim: int = DIM) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """objectives.paired: error bars of differences on the same random numbers, and their coverage."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,14 +20,7 @@ from objectives.paired import (
     unpack,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small matrices: threads that share them wait for each other where processors are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_blocks_are_means_of_consecutive_images_and_the_rest_is_a_short_one() -> None:

@@ -215,7 +215,7 @@ def test_status_shows_how_a_job_is(submitted, url):
     with open_store(url) as store:
         best, tried = store.best(model="gauss", dataset="digits", nfe=5), store.evaluations(1)
     assert text[:2] == ["job 1: gauss on digits, ddpm, NFE 5: finished", f"  trials: {len(tried)} complete"]
-    assert text[2].startswith(f"  lowest distance {best.distance:.4f} in trial {best.number}, b ")
+    assert text[2].startswith(f"  lowest Fréchet distance {best.distance:.4f} in trial {best.number}, b ")
     missing = run("status", 9, "--store", url)
     assert (missing.exit_code, "has no job 9" in missing.output) == (1, True)
 

@@ -7,7 +7,11 @@ import torch
 from optuna.artifacts import get_all_artifact_meta
 from rich.console import Console
 
+from objectives import losses
+from objectives.losses import LOSSES
 from objectives.metrics import METRICS, Generated, Real, measure
+from objectives.moments import Moments
+from objectives.paired import block_means, difference_error, standard_error
 from objectives.reference import DIGITS_IMAGES, DIGITS_REFERENCE, read_images
 from samplers.errors import InputError
 from samplers.schedule import Schedule
@@ -97,6 +101,43 @@ def test_metrics_and_pictures_are_of_the_images_of_the_confirming_evaluations_an
     assert [e.distance for e in after] == pytest.approx([e.distance for e in before], rel=1e-9)
     assert {e.phase for e in after if e.reused is None} == {CONFIRM}
     assert all(e.metrics.keys() == set(NAMES) for e in after if e.phase == CONFIRM)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("objective", LOSSES)
+def test_any_metric_may_be_what_the_search_minimises(tmp_path, objective):
+    job = {**JOB, "objective": objective}
+    done, evaluations, best = submitted(job, tmp_path)
+    assert done.evaluator.objective == best.objective == LOSSES[objective].label
+    spec = parse(job, "job.yaml", tmp_path)
+    alone = Evaluator.load(spec, torch.device("cpu"))
+    real = Real.of(torch.cat([alone.extractor(batch) for batch in read_images("digits", (1, 8, 8))]))
+    wanted = {}
+    for e in evaluations:
+        schedule = Schedule(e.lambdas, e.k, e.b)
+        features = torch.tensor(alone.sample(spec.sampling[0], schedule, 0, e.images, seed=e.seed).features)
+        made = Generated(features, alone.extractor.logits(features))
+        loss, influences = losses.measure(objective, made, real)
+        assert e.distance == pytest.approx(loss, rel=1e-9)
+        blocks = None if influences is None else block_means(influences.numpy())
+        wanted[e.seed, e.is_baseline] = wanted.get((e.seed, e.is_baseline), blocks)
+        assert (e.standard_error is None) == (blocks is None) == (objective == "recall")
+        if blocks is not None:
+            assert e.standard_error == pytest.approx(standard_error(blocks), rel=1e-4)
+            assert e.gain_error == pytest.approx(difference_error(blocks, wanted[e.seed, True]), rel=1e-3)
+        if e.phase == CONFIRM:  # the Fréchet distance beside it, at no cost
+            distance = alone.frechet.distance(Moments.of(features))
+            assert dict(e.metrics) == {"frechet": pytest.approx(distance, rel=1e-9)}
+    assert best.distance == min(e.distance for e in evaluations if e.phase == CONFIRM)
+    # It does not compare with a search for something else.
+    assert done.evaluator.fingerprint != alone.fingerprint
+
+
+def test_an_objective_is_refused_where_it_is_not_known_or_has_no_error_bars_that_a_strategy_needs(tmp_path):
+    with pytest.raises(InputError, match="objective: Input should be 'frechet', 'kid', .* got 'fid'"):
+        submitted({**JOB, "objective": "fid"}, tmp_path)
+    with pytest.raises(InputError, match="objective: recall has no error bars, .* give strategy: paper"):
+        submitted({**JOB, "objective": "recall", "search": {"strategy": "adaptive"}}, tmp_path)
 
 
 def test_metrics_that_need_real_images_are_refused_where_there_are_statistics_only(tmp_path):

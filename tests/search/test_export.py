@@ -47,6 +47,7 @@ def best(solver: str, schedule: Schedule, /, **sampling: Any) -> Best:
         images=10_000,
         seed=0,
         metrics={},
+        objective="Fréchet distance",
         evaluator="1" * 64,
         job_id=1,
         number=11,

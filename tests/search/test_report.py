@@ -45,6 +45,7 @@ def best(**changes):
         "images": 10_000,
         "seed": 2**62,
         "metrics": {},
+        "objective": "Fréchet distance",
         "evaluator": "e",
         "job_id": 3,
         "number": 7,

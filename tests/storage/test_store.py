@@ -440,6 +440,7 @@ class TestBest:
             images=IMAGES,
             seed=7,
             metrics={},
+            objective="Fréchet distance",
             evaluator="e1",
             job_id=job.id,
             number=1,
