@@ -27,8 +27,8 @@ pictures: export LAMTUNE_STORE = sqlite:///pictures.db
 pictures: .venv/ready
 	rm -f pictures.db pictures.db-*
 	$(BIN)/lamtune demo
+	$(BIN)/lamtune diagnose search/demo.yaml --schedule best --late 6,4,2
 	$(BIN)/lamtune report --model digits --dataset digits --nfe 8 -o docs/digits.md --plots docs/pictures
-	$(BIN)/lamtune diagnose search/demo.yaml --schedule best --plot docs/pictures/diagnosis.svg
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -406,20 +406,32 @@ def diagnose(
     """Measure the exposure bias of a job's network on this machine: what epsilon scaling corrects.
 
     The size of the predicted noise in sampling and in training, their ratio, and the distance δ_t between the states
-    of both, at every evaluation. Give a DIAGNOSIS.json in place of the job to show or draw it again.
+    of both, at every evaluation. It is kept in the store with the newest search of the same network and solver, whose
+    report and dashboard show it. Give a DIAGNOSIS.json in place of the job to show, draw or keep it again.
     """
-    from search import diagnose as diagnosis
+    from search import bias
 
-    again = job.suffix == ".json"
-    found = diagnosis.read(job) if again else diagnosis.run(job, nfe, schedule, images, late, store)
+    if job.suffix == ".json":
+        found = bias.read(job)
+    else:
+        from search import diagnose as diagnosis
+
+        found = diagnosis.run(job, nfe, schedule, images, late, store)
     text = json.dumps(found.as_dict(), indent=2)
     if output is not None:
         _write(output, text + "\n")
     if plot is not None:
-        from search import figures
+        from search import figures, plots
 
-        figures.save(figures.diagnosis(found), plot)
-    click.echo(text if as_json else diagnosis.as_text(found))
+        figures.save_plot(plots.exposure(found), plot)
+    click.echo(text if as_json else bias.as_text(found))
+    from search.dashboard import keep
+    from storage import open_store
+
+    with open_store(store) as opened:
+        kept = keep(opened, found)
+        where = f"with job {kept.id}" if kept else "nowhere: no job of this network and solver is there yet"
+        click.echo(f"kept in the store {opened.safe_url} {where}", err=True)
 
 
 @main.command()

@@ -6,13 +6,15 @@ findings come about.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from search import findings, pages
+from search.bias import Diagnosis
 from search.figures import LOOKS
 from search.findings import Findings
 from search.plots import Plot, Series
-from storage import Store
+from storage import Job, Store
 
 _SYMBOLS = {
     "X": "x",
@@ -37,6 +39,22 @@ def publish(store: Store, job_id: int) -> None:
     save_note(study, note(found))
     for plot in found.plots:
         save_plotly_graph_object(study, _Json(plotly(plot)), graph_object_id=plot.key)
+
+
+def keep(store: Store, found: Diagnosis) -> Job | None:
+    """Put a diagnosis into the store and the dashboard, with the newest job of its network and solver; None: there is
+    none."""
+    job = store.add_diagnosis(
+        found.as_dict(),
+        model=found.model,
+        model_fingerprint=found.model_fingerprint,
+        dataset=found.dataset,
+        sampling=found.sampling,
+    )
+    if job is not None:
+        with suppress(KeyError):  # its search has not begun
+            publish(store, job.id)
+    return job
 
 
 class _Json:
@@ -86,7 +104,10 @@ def plotly(plot: Plot) -> dict[str, Any]:
             axis["autorange"] = "reversed"
         if plot.log_x:
             axis["type"] = "log"
-        side: dict[str, Any] = {"title": {"text": plot.y_label if place == 0 else ""}, "anchor": f"x{suffix}"}
+        named_by = panel.y_label or (plot.y_label if place == 0 else "")
+        side: dict[str, Any] = {"title": {"text": named_by}, "anchor": f"x{suffix}"}
+        if panel.log_y:
+            side["type"] = "log"
         if plot.bars:
             side |= {
                 "title": {"text": ""},

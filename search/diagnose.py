@@ -1,14 +1,13 @@
 """Measures the exposure bias of a job's network: predicted noise and states in sampling, beside those of training.
 
 Runs in this process on one device; needs neither Ray nor the store. What is measured is `samplers.exposure`'s and
-`objectives.states`' matter; this binds them to a job, and writes the result for people and programs.
+`objectives.states`' matter; this binds them to a job. What comes out is `bias`'.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress as Shown
@@ -23,9 +22,9 @@ from samplers.exposure import Norms, late_start, levels, observe_training, plan_
 from samplers.generate import Sampler
 from samplers.sampling import Solver
 from samplers.schedule import Schedule
+from search.bias import Diagnosis, Late, Sampled, named
 from search.evaluator import Evaluator, accelerator
 from search.ms_eps import complete
-from search.report import number
 from search.spec import JobSpec, load
 
 # Real images whose moments stand for the data, spread evenly over it: more say nothing new and take long to read.
@@ -35,85 +34,6 @@ _BATCH = {"cuda": 2000, "cpu": 500}  # images whose states are on the device at 
 _Number = TypeVar("_Number", int, float)
 Progress = Callable[[int, int], None]
 """progress(done, total): evaluations of the network on one image each."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Late:
-    """Sampling that started at evaluation t from a real image's state: the distance of its images."""
-
-    t: int
-    distance: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """Sampling with one schedule. Lists are indexed by evaluation t, 0 the last and cleanest.
-
-    norms: mean ‖ε‖₂ of the network's answers, before λ divides them. ratios: to those in training; above 1 where
-    exposure bias shows. deltas: δ_t, see `objectives.states`. distance: of the images, as in a search.
-    """
-
-    name: str
-    k: float | None
-    b: float | None
-    lambdas: tuple[float, ...]
-    norms: tuple[float, ...]
-    ratios: tuple[float, ...]
-    deltas: tuple[float, ...]
-    distance: float
-    late: tuple[Late, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
-    """What was measured. Lists are indexed by evaluation t, 0 the last and cleanest.
-
-    times: what the network is told (timestep or sigma). alpha, sigma: of x = alpha·x0 + sigma·eps, the state that it
-    sees. form: of δ_t. training: mean ‖ε‖₂ on real images with fresh noise. floor: δ_t of as many states of the
-    forward process, which is what no schedule can fall below. real_images: whose moments stand for the data.
-    """
-
-    model: str
-    dataset: str
-    solver: str
-    nfe: int
-    images: int
-    seed: int
-    precision: str
-    form: str
-    real_images: int
-    times: tuple[float, ...]
-    alpha: tuple[float, ...]
-    sigma: tuple[float, ...]
-    training: tuple[float, ...]
-    floor: tuple[float, ...]
-    schedules: tuple[Sampled, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Any) -> Self:
-        """What `as_dict` gave. Raises InputError."""
-        try:
-            schedules = tuple(
-                Sampled(**{**one, "late": tuple(Late(**late) for late in one["late"])})
-                for one in content["schedules"]
-            )
-            return cls(**{**content, "schedules": schedules})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"no diagnosis, or one of another version: {error}") from None
-
-
-def read(path: Path) -> Diagnosis:
-    """A diagnosis that was written as JSON. Raises InputError that names the file."""
-    try:
-        return Diagnosis.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # InputError is one too
-        raise InputError(f"{path}: {error}") from None
 
 
 def diagnose(
@@ -185,7 +105,9 @@ def diagnose(
         )
     return Diagnosis(
         model=spec.model.name,
+        model_fingerprint=evaluator.model.fingerprint,
         dataset=spec.dataset.name,
+        sampling=asdict(sampling),
         solver=sampling.solver,
         nfe=nfe,
         images=images,
@@ -225,7 +147,7 @@ def run(
         task = bar.add_task("network evaluations", total=None)
         ready = complete(spec, evaluator.model, evaluator.device)[places[0]].sampling
         evaluator.model.to(evaluator.device)
-        return diagnose(
+        found = diagnose(
             spec,
             evaluator,
             ready,
@@ -234,6 +156,7 @@ def run(
             late=_numbers("--late", late, int) if late else (),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    return replace(found, sampling=asdict(chosen))  # as the job has it, wherever its Γ was estimated
 
 
 def _asked(text: str, spec: JobSpec, sampling: Solver, store: str) -> Schedule:
@@ -346,47 +269,3 @@ def _real_batches(spec: JobSpec, evaluator: Evaluator, images: int) -> Iterator[
             done += len(part)
             if done == images:
                 return
-
-
-# --- for people ---------------------------------------------------------------------------------------------
-
-
-def as_text(found: Diagnosis) -> str:
-    """A table with a line per evaluation, the noisiest first, as sampling goes."""
-    head = f"{'t':>4} {'time':>9} {'‖ε‖ train':>10}"
-    for index, _ in enumerate(found.schedules):
-        head += f" │ {f'‖ε‖ ({index + 1})':>9} {'ratio':>7} {'δ_t':>10}"
-    lines = [
-        f"{found.model} on {found.dataset}, {found.solver}, NFE {found.nfe}: "
-        f"{found.images:,} images, seed {found.seed}, {found.precision}",
-        "",
-        f"{head} │ {'δ_t floor':>10}",
-    ]
-    for t in reversed(range(found.nfe)):
-        line = f"{t:4} {found.times[t]:9.4g} {found.training[t]:10.4f}"
-        for one in found.schedules:
-            line += f" │ {one.norms[t]:9.4f} {one.ratios[t]:7.4f} {one.deltas[t]:10.4g}"
-        lines.append(f"{line} │ {found.floor[t]:10.4g}")
-    lines.append("")
-    for index, one in enumerate(found.schedules):
-        over = sum(ratio > 1 for ratio in one.ratios)
-        lines.append(
-            f"({index + 1}) {one.name}: distance {one.distance:.4f}; "
-            f"‖ε‖ above training at {over} of {found.nfe} evaluations"
-        )
-        lines += [f"    from real states at t = {late.t}: distance {late.distance:.4f}" for late in one.late]
-    what = "covariances" if found.form == "full" else "variances"
-    lines.append(
-        f"δ_t: squared Fréchet distance of means and {what} to the forward process of {found.real_images:,} real "
-        f"images; floor: that of {found.images:,} of its own states"
-    )
-    return "\n".join(lines)
-
-
-def named(schedule: Schedule) -> str:
-    """A schedule in a few words."""
-    if schedule.k is None:
-        return "a λ per evaluation"
-    if schedule.k == 0:
-        return f"λ = {number(schedule.b)}"
-    return f"λ_t = {number(schedule.k)}·t + {number(schedule.b)}"

@@ -14,13 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from search.diagnose import Diagnosis
     from search.plots import Look, Panel, Plot
-
-# Okabe and Ito's colours, which people with any colour vision can tell apart; each also has a marker of its own.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D")
-_TRAINING = "#555555"
 
 LOOKS: "Mapping[Look, tuple[str, str]]" = {
     "baseline": ("#777777", "X"),
@@ -33,43 +27,12 @@ LOOKS: "Mapping[Look, tuple[str, str]]" = {
     "fit": ("#CC79A7", ""),
     "join": ("#999999", ""),
 }
-"""Colour and marker of what a series is; markers tell what colours do to those who see them."""
+"""Colour and marker of what a series is: Okabe and Ito's colours, which people with any colour vision can tell apart,
+and markers that say the same."""
 
 _INK = "#010203"  # stands for the text's colour of the page that a picture is part of
 _PANEL = (4.6, 3.7)  # inches
 _SIDE = 48  # pixels that an image of a grid has at least, nearly
-
-
-def diagnosis(found: "Diagnosis") -> "Figure":
-    """‖ε‖ in training and sampling, their ratio, and δ_t, over the evaluations as sampling goes, from left to right."""
-    from matplotlib.figure import Figure  # half a second, and no window: figures are only written to files
-
-    figure = Figure(figsize=(12, 3.8), layout="constrained", facecolor="white")
-    norms, ratios, deltas = figure.subplots(1, 3)
-    steps = range(found.nfe)
-    norms.plot(steps, found.training, color=_TRAINING, linestyle="--", label="training")
-    deltas.plot(
-        steps, found.floor, color=_TRAINING, linestyle="--", label=f"floor of {found.images:,} states"
-    )
-    ratios.axhline(1, color=_TRAINING, linestyle="--", label="training")
-    for one, colour, marker in zip(found.schedules, _COLOURS, _MARKERS, strict=False):
-        style = {
-            "color": colour,
-            "marker": marker,
-            "markersize": 4.0,
-            "linewidth": 1.5,
-            "label": _signs(one.name),
-        }
-        for axes, values in ((norms, one.norms), (ratios, one.ratios), (deltas, one.deltas)):
-            axes.plot(steps, values, **style)
-    _finish(norms, "Predicted noise", "mean ‖ε‖₂ of an image", found.nfe)
-    _finish(ratios, "Sampling against training", "‖ε‖₂ in sampling / in training", found.nfe)
-    _finish(deltas, "Exposure bias of the states", _signs("δ_t (squared Fréchet distance)"), found.nfe)
-    deltas.set_yscale(
-        "log" if min(found.floor) > 0 and all(min(one.deltas) > 0 for one in found.schedules) else "linear"
-    )
-    figure.suptitle(f"{found.model}, {found.solver}, NFE {found.nfe}, {found.images:,} images", fontsize=11)
-    return figure
 
 
 def draw(plot: "Plot", ink: str = "black") -> "Figure":
@@ -87,7 +50,7 @@ def draw(plot: "Plot", ink: str = "black") -> "Figure":
         axes.set_title(_signs(panel.title), fontsize=10, color=ink)
         axes.set_xlabel(_signs(plot.x_label), color=ink)
         if not plot.bars:
-            axes.set_ylabel(_signs(plot.y_label), color=ink)
+            axes.set_ylabel(_signs(panel.y_label or plot.y_label), color=ink)
         _scale(axes, plot, panel)
         axes.tick_params(colors=ink, which="both")
         axes.spines[["top", "right"]].set_visible(False)
@@ -130,6 +93,8 @@ def _bars(axes: "Axes", panel: "Panel") -> None:
 def _scale(axes: "Axes", plot: "Plot", panel: "Panel") -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+    if panel.log_y:
+        axes.set_yscale("log")
     if plot.falling:
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -198,19 +163,6 @@ def save_plot(plot: "Plot", path: Path) -> None:
 def _signs(text: str) -> str:
     """Indices as indices."""
     return text.replace("λ_t", r"$\lambda_t$").replace("δ_t", r"$\delta_t$")
-
-
-def _finish(axes: "Axes", title: str, label: str, nfe: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("evaluation t (sampling goes from left to right)")
-    axes.set_ylabel(label)
-    axes.set_xlim(nfe - 1 + 0.03 * nfe, -0.03 * nfe)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
 
 
 def save(figure: "Figure", path: Path) -> None:

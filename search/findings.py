@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from search import plots, sensitivity
+from search.bias import Diagnosis
 from search.plots import Plot
 from search.report import amount, best_as_dict, best_in_words, duration, error_bar, gain, metric, number
 from search.sensitivity import Sensitivity
@@ -40,6 +41,7 @@ class Findings:
     best: Best | None
     others: tuple[Best, ...]
     sensitivity: tuple[Sensitivity, ...]
+    diagnosis: Diagnosis | None
     plots: tuple[Plot, ...]
     pictures: Mapping[str, bytes]
 
@@ -63,6 +65,7 @@ class Findings:
             _results(self),
             *_lines(self),
             _sensitivity(self.sensitivity),
+            *(() if self.diagnosis is None else (_exposure(self.diagnosis), _late(self.diagnosis))),
             _side_by_side(self.others),
             _trials(self.evaluations),
             _cost(self),
@@ -82,6 +85,7 @@ class Findings:
             "job": job,
             "evaluations": evaluations,
             "sensitivity": [asdict(one) for one in self.sensitivity],
+            "diagnosis": None if self.diagnosis is None else self.diagnosis.as_dict(),
             "others": [best_as_dict(one) for one in self.others],
         }
         plain: dict[str, Any] = json.loads(json.dumps(content, default=str))  # times as text
@@ -95,13 +99,17 @@ def of_job(store: Store, job_id: int) -> Findings:
     with suppress(NotInStore):
         best = store.best_of(job_id)
     images = store.pictures(job_id)
+    content = store.diagnosis(job_id)
+    diagnosis = None if content is None else Diagnosis.from_dict(content)
+    drawn = plots.of_job(job, evaluations)
     return Findings(
         job=job,
         evaluations=evaluations,
         best=best,
         others=_others(store, job),
         sensitivity=sensitivity.measured(job, evaluations),
-        plots=plots.of_job(job, evaluations),
+        diagnosis=diagnosis,
+        plots=drawn if diagnosis is None else (*drawn, plots.exposure(diagnosis)),
         pictures={_caption(e): images[e.id] for e in evaluations if e.id in images},
     )
 
@@ -211,6 +219,41 @@ def _sensitivity(measured: Sequence[Sensitivity]) -> Table:
     losses = [f"{100 * loss:g} % loss" for loss in sensitivity.LOSSES]
     note = "Where the distance is at most so much above the least, the other one staying; …: beyond what was measured."
     return Table("Sensitivity", ("", "best", *losses, "from"), tuple(rows), note)
+
+
+def _exposure(found: Diagnosis) -> Table:
+    """‖ε‖ and δ_t of each evaluation, as sampling goes."""
+    names = [f"({n + 1})" for n in range(len(found.schedules))]
+    of_each = [f"{what} {name}" for name in names for what in ("‖ε‖", "ratio", "δ_t")]
+    rows = []
+    for t in reversed(range(found.nfe)):
+        measured = [
+            cell
+            for one in found.schedules
+            for cell in (f"{one.norms[t]:.4f}", f"{one.ratios[t]:.4f}", f"{one.deltas[t]:.4g}")
+        ]
+        rows.append(
+            (str(t), f"{found.times[t]:.4g}", f"{found.training[t]:.4f}", *measured, f"{found.floor[t]:.4g}")
+        )
+    what = ", ".join(f"{name} {one.name}" for name, one in zip(names, found.schedules, strict=True))
+    note = (
+        f"Sampling with {what}; {found.images:,} images, seed {found.seed}, {found.precision}. δ_t: squared Fréchet "
+        f"distance to the forward process of {found.real_images:,} real images, floor: of as many of its own states."
+    )
+    return Table("Exposure bias", ("t", "time", "‖ε‖ training", *of_each, "δ_t floor"), tuple(rows), note)
+
+
+def _late(found: Diagnosis) -> Table:
+    """The Fréchet distance of sampling that starts from real images."""
+    starts = [late.t for late in found.schedules[0].late]
+    rows = [
+        (one.name, amount(one.distance), *(amount(late.distance) for late in one.late))
+        for one in found.schedules
+        if one.late
+    ]
+    header = ("schedule", "from noise", *(f"from real images at t = {t}" for t in starts))
+    note = f"Fréchet distance of {found.images:,} images, seed {found.seed}, {found.precision}."
+    return Table("Sampling that starts late", header, tuple(rows), note)
 
 
 def _side_by_side(others: Sequence[Best]) -> Table:

@@ -144,7 +144,8 @@ def markdown_table(table: Table) -> str:
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "λ": r"$\lambda$", "±": r"$\pm$", "·": r"$\cdot$",
-    "–": "--", "…": r"\dots{}", "×": r"$\times$", "Γ": r"$\Gamma$", "η": r"$\eta$", "é": r"\'e",
+    "–": "--", "…": r"\dots{}", "×": r"$\times$", "Γ": r"$\Gamma$", "η": r"$\eta$", "δ": r"$\delta$",
+    "ε": r"$\epsilon$", "‖": r"$\Vert$", "−": "$-$", "é": r"\'e",
 }  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def _tex(found: Findings, plots: Path | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(_TEX.get(sign, sign) for sign in text).replace(r"$\lambda$\_t", r"$\lambda_t$")
+    written = "".join(_TEX.get(sign, sign) for sign in text)
+    return written.replace(r"$\lambda$\_t", r"$\lambda_t$").replace(r"$\delta$\_t", r"$\delta_t$")
 
 
 def _csv(found: Findings, plots: Path | None) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from objectives.paired import difference_error, first, unpack
+from search.bias import Diagnosis
 from search.report import number
 from search.sensitivity import COORDINATES, Fitted, position, searched, surface
 from storage import CONFIRM, Evaluation, Job
@@ -19,6 +20,7 @@ from storage import CONFIRM, Evaluation, Job
 Look = Literal["baseline", "first", "second", "third", "fourth", "fifth", "lost", "fit", "join"]
 """What a series is, which `figures` gives a colour and a marker."""
 
+_EVALUATIONS = "evaluation t (sampling goes from left to right)"
 _LABELS = {"mean": "mean λ", "k": "k (change of λ per network evaluation)"}
 _LOOKS: dict[str, Look] = {
     "baseline": "baseline",
@@ -49,10 +51,12 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes. y_label: where it is another one than the plot's."""
 
     title: str
     series: tuple[Series, ...]
+    y_label: str = ""
+    log_y: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +231,7 @@ def schedules(evaluations: Sequence[Evaluation], job: Job) -> Plot:
     return Plot(
         key="schedules",
         title="The best schedules",
-        x_label="evaluation t (sampling goes from left to right)",
+        x_label=_EVALUATIONS,
         y_label="λ_t (divides the predicted noise)",
         panels=(Panel("", tuple(series)),),
         falling=True,
@@ -300,4 +304,41 @@ def cost(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
         panels=(Panel("", series),),
         note=f"A full trial: {job.images:,} images × NFE {job.nfe} = {full:,} evaluations.",
         bars=True,
+    )
+
+
+# --- exposure bias ------------------------------------------------------------------------------------------
+
+
+def exposure(found: Diagnosis) -> Plot:
+    """‖ε‖ in training and sampling, their ratio, and δ_t, over the evaluations as sampling goes."""
+    steps = tuple(float(t) for t in range(found.nfe))
+    looks: tuple[Look, ...] = ("second", "first", "third", "fourth")
+
+    def panel(title: str, label: str, key: str, name: str, of_training: Sequence[float]) -> Panel:
+        series = [Series(name, "fit", steps, tuple(of_training), markers=False, joined=True)]
+        for one, look in zip(found.schedules, looks, strict=False):
+            series.append(Series(one.name, look, steps, getattr(one, key), joined=True))
+        positive = key == "deltas" and all(min(one.y) > 0 for one in series)
+        return Panel(title, tuple(series), label, log_y=positive)
+
+    floor = f"floor of {found.images:,} states"
+    return Plot(
+        key="exposure-bias",
+        title="Exposure bias",
+        x_label=_EVALUATIONS,
+        y_label="",
+        panels=(
+            panel("Predicted noise", "mean ‖ε‖₂ of an image", "norms", "training", found.training),
+            panel(
+                "Sampling against training",
+                "‖ε‖₂ in sampling / in training",
+                "ratios",
+                "training",
+                (1.0,) * found.nfe,
+            ),
+            panel("States", "δ_t (squared Fréchet distance)", "deltas", floor, found.floor),
+        ),
+        note=f"{found.images:,} images; real images noised to the same levels against the states of sampling.",
+        falling=True,
     )

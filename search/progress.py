@@ -41,11 +41,12 @@ class TerminalWatcher:
     def __enter__(self) -> Self:
         self._console.print(
             f"job {self._job.id}: {self._job.model} on {self._job.dataset}, {self._job.solver}, "
-            f"NFE {self._job.nfe}, {self._job.images:,} images a trial; distance: {self._job.evaluator.objective}"
+            f"NFE {self._job.nfe}, {self._job.images:,} images a trial; distance: {self._job.evaluator.objective}",
+            soft_wrap=True,
         )
         self._console.print(
             f"{'trial':>5}  {'phase':8}  {'mean λ':>8}  {'k':>9}  {'images':>7}  "
-            f"{'distance':>9} {'±':7} {'gain over λ = 1':18}  {'time':>6}",
+            f"{'distance':>9} {'±':7} {'gain over λ = 1':20}  {'time':>6}",
             soft_wrap=True,
         )
         self._bar.start()
@@ -81,7 +82,7 @@ class TerminalWatcher:
         wall = (evaluation.finished_at - evaluation.started_at).total_seconds()
         self._console.print(
             f"{evaluation.number:5}  {evaluation.phase:8}  {evaluation.mean:8.5g}  {k:>9}  "
-            f"{evaluation.images:>7,}  {result:<37}  {duration(wall):>6}",
+            f"{evaluation.images:>7,}  {result:<39}  {duration(wall):>6}",
             highlight=False,
             soft_wrap=True,
         )

@@ -28,7 +28,7 @@ from storage.connection import default_url, driver_options, make_engine, parse, 
 from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.lock import only_writer
 from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
-from storage.tables import EvaluationRow, EvaluatorRow, JobRow, PictureRow
+from storage.tables import DiagnosisRow, EvaluationRow, EvaluatorRow, JobRow, PictureRow
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -532,6 +532,45 @@ class Store:
         )
         with self._session() as session:
             return {row.evaluation_id: row.content for row in session.scalars(query)}
+
+    # ---- diagnoses
+
+    def add_diagnosis(
+        self,
+        content: Mapping[str, Any],
+        *,
+        model: str,
+        model_fingerprint: str,
+        dataset: str,
+        sampling: Mapping[str, Any],
+    ) -> Job | None:
+        """Keep what was measured of a network (plain data) with its newest job, which is returned.
+
+        sampling: all options of the solver; of any precision. None: there is no such job, and nothing is kept.
+        """
+        query = (
+            select(JobRow)
+            .where(
+                JobRow.model == model,
+                JobRow.model_fingerprint == model_fingerprint,
+                JobRow.dataset == dataset,
+                JobRow.nfe == sampling["nfe"],
+            )
+            .order_by(JobRow.id.desc())
+        )
+        with self._session(write=True) as session:
+            for row in session.scalars(query):
+                if {**row.sampling, "precision": None} == {**sampling, "precision": None}:
+                    session.add(DiagnosisRow(job_id=row.id, content=dict(content)))
+                    return row.record()
+        return None
+
+    def diagnosis(self, job_id: int) -> Mapping[str, Any] | None:
+        """The newest diagnosis that was kept with a job."""
+        query = select(DiagnosisRow).where(DiagnosisRow.job_id == job_id).order_by(DiagnosisRow.id.desc())
+        with self._session() as session:
+            row = session.scalars(query.limit(1)).first()
+            return None if row is None else row.content
 
     # ---- the best schedule
 

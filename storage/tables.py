@@ -231,3 +231,14 @@ class PictureRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     evaluation_id: Mapped[int] = mapped_column(ForeignKey("lamtune_evaluations.id"))
     content: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class DiagnosisRow(Base):
+    """What was measured of the network of a job beside its search. content: plain data."""
+
+    __tablename__ = "lamtune_diagnoses"
+    __table_args__ = (Index(None, "job_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("lamtune_jobs.id"))
+    content: Mapped[Mapping[str, Any]]

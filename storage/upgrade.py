@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VERSION_TABLE = "lamtune_version"
 """Not Alembic's own default: Optuna keeps its version there, in the same database."""
 
-HEAD = "0004"
+HEAD = "0005"
 """The newest revision in `migrations/versions`: four digits that count up, so that they compare as text."""
 
 _LOCK = 0x1A37_0E  # any number that no other program takes in this database

@@ -134,7 +134,7 @@ def test_any_metric_may_be_what_the_search_minimises(tmp_path, objective):
 
 
 def test_an_objective_is_refused_where_it_is_not_known_or_has_no_error_bars_that_a_strategy_needs(tmp_path):
-    with pytest.raises(InputError, match="objective: Input should be 'frechet', 'kid', .* got 'fid'"):
+    with pytest.raises(InputError, match="objective: Input should be 'frechet', 'kid', .*got 'fid'"):
         submitted({**JOB, "objective": "fid"}, tmp_path)
     with pytest.raises(InputError, match="objective: recall has no error bars, .* give strategy: paper"):
         submitted({**JOB, "objective": "recall", "search": {"strategy": "adaptive"}}, tmp_path)

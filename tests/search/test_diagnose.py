@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from PIL import Image
 
 from objectives.frechet import FrechetReference
@@ -15,14 +16,16 @@ from objectives.moments import Moments
 from objectives.reference import read_images
 from samplers.errors import InputError
 from samplers.schedule import Schedule
-from search import figures
+from search import dashboard, figures, findings, pages, plots
+from search.bias import Diagnosis, as_text, named, read
 from search.cli import main
-from search.diagnose import Diagnosis, as_text, diagnose, named, read
+from search.diagnose import diagnose
 from search.evaluator import Evaluator
 from search.spec import JobSpec, parse
-from storage import open_store
+from storage import Store, open_store
 
 CPU = torch.device("cpu")
+TITLES = ("Exposure bias", "Sampling that starts late")
 CLOUD = {"time": "discrete", "shape": [1, 8, 8], "points": 40, "seed": 1}
 
 
@@ -86,21 +89,60 @@ def test_the_distance_is_that_of_a_search(found: Diagnosis, tmp_path: Path) -> N
 def test_a_diagnosis_is_read_again_and_drawn(found: Diagnosis, tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(json.dumps(found.as_dict()), encoding="utf-8")
     again = read(tmp_path / "d.json")
-    assert as_text(again) == as_text(found)
+    assert again == found
     text = as_text(found)
     assert text.count("│") == 6 * 3
     assert "(2) λ_t = 0.02·t + 0.9: distance" in text
     for ending in ("png", "svg"):
         path = tmp_path / f"d.{ending}"
-        figures.save(figures.diagnosis(again), path)
+        figures.save_plot(plots.exposure(again), path)
         assert path.stat().st_size > 10_000
     with Image.open(tmp_path / "d.png") as image:
         colours = {pixel for _, pixel in image.convert("RGB").getcolors(1 << 20) or []}
     assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)} <= colours  # a curve for each schedule
     with pytest.raises(InputError, match=r"d\.gifs: "):
-        figures.save(figures.diagnosis(again), tmp_path / "d.gifs")
+        figures.save_plot(plots.exposure(again), tmp_path / "d.gifs")
     with pytest.raises(InputError, match="cannot be written"):
-        figures.save(figures.diagnosis(again), tmp_path / "no" / "d.png")
+        figures.save_plot(plots.exposure(again), tmp_path / "no" / "d.png")
+
+
+def test_it_is_kept_with_the_newest_search_of_its_network_and_shown_by_report_and_dashboard(
+    found: Diagnosis, store: Store, play: Any
+) -> None:
+    made = {"model": "cloud", "dataset": "digits", "nfe": 5, "solver": "ddim"}
+    sampling = {**found.sampling, "precision": "bfloat16"}
+    other = play(store, **made, sampling=sampling, study_name="other weights")
+    assert dashboard.keep(store, found) is None
+    old, new = (
+        play(store, **made, sampling=sampling, study_name=name, model_fingerprint=found.model_fingerprint)
+        for name in ("old", "new")
+    )
+    kept = dashboard.keep(store, found)
+    assert kept is not None
+    assert kept.id == new.id
+    shown = findings.of_job(store, new.id)
+    assert shown.diagnosis == found
+    assert shown.plots[-1] == plots.exposure(found)
+    assert all(findings.of_job(store, job.id).diagnosis is None for job in (old, other))
+
+    bias, late = (next(one for one in shown.tables if one.title == title) for title in TITLES)
+    assert [row[0] for row in bias.rows] == ["4", "3", "2", "1", "0"]
+    assert [float(row[4]) for row in bias.rows] == pytest.approx(found.schedules[0].ratios[::-1], abs=1e-4)
+    assert [row[0] for row in late.rows] == ["λ = 1", "λ_t = 0.02·t + 0.9"]
+    assert float(late.rows[1][3]) == pytest.approx(found.schedules[1].late[1].distance, abs=1e-4)
+    for form in ("html", "md", "tex"):
+        text = pages.write(shown, form, Path("plots"))
+        assert all(title in text for title in TITLES)
+        assert late.rows[1][3] in text
+        assert form != "tex" or text.isascii()
+    assert "exposure-bias.svg" in pages.write(shown, "md", Path("plots"))
+    content = json.loads(pages.write(shown, "json"))["diagnosis"]
+    assert Diagnosis.from_dict(content) == found
+    storage = store.optuna_storage()
+    study = storage.get_study_system_attrs(storage.get_study_id_from_name("new"))
+    assert json.loads(get_plotly_graph_objects(study)["exposure-bias"])["data"][0]["y"] == list(
+        found.training
+    )
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"schedules": [{"late": 3}]}'])
@@ -177,11 +219,12 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
-    assert json.loads(result.output) == content
+    assert json.loads(result.stdout) == content
     assert [one["lambdas"][6] for one in content["schedules"]] == [1.0, pytest.approx(1.04)]
     assert content["schedules"][1]["late"][0]["t"] == 4
-    again = run("diagnose", tmp_path / "d.json", "--plot", tmp_path / "d.svg")
+    again = run("diagnose", tmp_path / "d.json", "--plot", tmp_path / "d.svg", *words[-2:])
     assert again.exit_code == 0, again.output
+    assert "nowhere: no job of this network and solver is there yet" in again.stderr
     assert "from real states at t = 4" in again.output
     assert (tmp_path / "d.svg").read_text(encoding="utf-8").startswith("<?xml")
     for wrong, message in (
@@ -228,4 +271,4 @@ def test_best_is_the_schedule_of_the_store(tmp_path: Path, monkeypatch: pytest.M
     )
     assert result.exit_code == 0, result.output
     assert asked == {"model": "cloud", "dataset": "digits", "nfe": 5, "solver": "heun"}
-    assert json.loads(result.output)["schedules"][1]["lambdas"] == list(Found.lambdas)
+    assert json.loads(result.stdout)["schedules"][1]["lambdas"] == list(Found.lambdas)
