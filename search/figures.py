@@ -40,11 +40,14 @@ def draw(plot: "Plot", ink: str = "black") -> "Figure":
     from matplotlib.figure import Figure
 
     width, height = _PANEL
-    alone = len(plot.panels) == 1
-    size = (1.5 * width, height) if alone else (width * len(plot.panels), height)
+    columns = min(len(plot.panels), 2)  # of a page as wide as a text, on which letters can be read
+    rows = math.ceil(len(plot.panels) / columns)
+    size = (1.5 * width if columns == 1 else columns * width, rows * height)
     figure = Figure(figsize=size, layout="constrained", facecolor="none")
-    every = figure.subplots(1, len(plot.panels), squeeze=False)[0]
-    for axes, panel in zip(every, plot.panels, strict=True):
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in places[len(plot.panels) :]:
+        axes.remove()
+    for axes, panel in zip(places, plot.panels, strict=False):
         axes.set_facecolor("none")
         (_bars if plot.bars else _curves)(axes, panel)
         axes.set_title(_signs(panel.title), fontsize=10, color=ink)

@@ -33,8 +33,8 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that a report says of one job. best: None before there is a result. others: the best of every NFE and solver
-    of the same model and dataset. pictures: caption → PNG, each of the same random numbers."""
+    """All that a report says of one job. best: None before there is a result. others: of every NFE, solver and
+    strategy on the same model and dataset. pictures: caption → PNG, each of the same random numbers."""
 
     job: Job
     evaluations: tuple[Evaluation, ...]
@@ -129,15 +129,17 @@ def described(e: Evaluation) -> str:
 
 
 def _others(store: Store, job: Job) -> tuple[Best, ...]:
-    searches, before = set(), None
+    """What the newest job with a result found, for each solver, NFE, strategy and objective."""
+    found: dict[tuple[str, int, str, str], Best] = {}
+    before = None
     while page := store.jobs(model=job.model, dataset=job.dataset, limit=_PAGE, before_id=before):
-        searches |= {(one.solver, one.nfe) for one in page}
+        for one in page:
+            search = (one.solver, one.nfe, one.strategy, one.evaluator.objective)
+            if search not in found:
+                with suppress(NotInStore):
+                    found[search] = store.best_of(one.id)
         before = page[-1].id
-    found = []
-    for solver, nfe in sorted(searches):
-        with suppress(NotInStore):
-            found.append(store.best(job.model, job.dataset, nfe, solver))
-    return tuple(found)
+    return tuple(found[search] for search in sorted(found))
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -151,8 +153,7 @@ def _results(found: Findings) -> Table:
         confirmed = [
             e
             for e in found.evaluations
-            if (e.images, e.seed) == (best.images, best.seed)
-            and (set(e.lambdas) == {1.0} or e.number == best.number)
+            if (e.images, e.seed) == (best.images, best.seed) and (e.is_baseline or e.number == best.number)
         ]
     names = list(dict.fromkeys(name for e in confirmed for name in e.metrics))
     rows = [
@@ -261,19 +262,33 @@ def _side_by_side(others: Sequence[Best]) -> Table:
         (
             one.solver,
             str(one.nfe),
-            number(one.k),
-            "free" if one.b is None else number(one.b),
+            one.strategy,
+            "–" if one.k is None else number(round(one.k, 6)),
+            "free" if one.b is None else number(round(one.b, 6)),
             amount(one.baseline_distance),
-            amount(one.distance),
-            "" if one.gain is None else f"{one.gain:+.4g} {error_bar(one.gain_error)}",
+            f"{amount(one.distance)} {error_bar(one.standard_error)}".rstrip(),
+            "" if one.gain is None else f"{amount(one.gain, '+')} {error_bar(one.gain_error)}".rstrip(),
             f"{one.images:,}",
-            str(one.trials),
+            f"{one.network_evaluations // one.nfe:,}",
             one.evaluator[:_SHORT],
             str(one.job_id),
         )
         for one in others
     ]
-    header = ("solver", "NFE", "k", "b", "λ = 1", "distance", "gain", "images", "trials", "evaluator", "job")
+    header = (
+        "solver",
+        "NFE",
+        "strategy",
+        "k",
+        "b",
+        "λ = 1",
+        "distance",
+        "gain",
+        "images",
+        "images of the search",
+        "evaluator",
+        "job",
+    )
     note = "Distances of different evaluators or numbers of images do not compare."
     return Table("All NFE of this model and dataset", header, tuple(rows), note)
 

@@ -149,7 +149,7 @@ def _panel(group: list[Evaluation], axis: int, images: int, fresh: bool, fitted:
             series.append(section)
     by_phase: dict[str, list[Evaluation]] = {}
     for e in group:
-        by_phase.setdefault("baseline" if set(e.lambdas) == {1.0} else e.phase, []).append(e)
+        by_phase.setdefault("baseline" if e.is_baseline else e.phase, []).append(e)
     for phase, members in by_phase.items():
         series.append(
             Series(
@@ -203,7 +203,7 @@ def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
     """The best of each kind of schedule ("uniform", "linear", "free") on most images: of those that were confirmed,
     where some were."""
     known = [e for e in evaluations if e.distance is not None and e.state in ("complete", "pruned")]
-    tried = [e for e in known if set(e.lambdas) != {1.0} and not e.parameters]
+    tried = [e for e in known if not e.is_baseline]
     found = {}
     for kind in ("uniform", "linear", "free"):
         of_kind = [e for e in tried if _kind(e) == kind]
@@ -239,9 +239,10 @@ def schedules(evaluations: Sequence[Evaluation], job: Job) -> Plot:
 
 
 def _described(kind: str, e: Evaluation) -> str:
+    extra = "".join(f", {name} {number(value)}" for name, value in e.parameters.items())
     if kind == "uniform":
-        return f"uniform, λ = {number(e.b)}"
-    return "free" if kind == "free" else f"linear, k = {number(e.k)}, b = {number(e.b)}"
+        return f"uniform, λ = {number(e.b)}{extra}"
+    return f"free{extra}" if kind == "free" else f"linear, k = {number(e.k)}, b = {number(e.b)}{extra}"
 
 
 # --- rungs and cost -----------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def runner_up(best: Best, tried: Sequence[Evaluation]) -> RunnerUp | None:
             one.id == winner.id
             or one.state not in ("complete", "pruned")
             or one.seed != winner.seed
-            or set(one.lambdas) == {1.0}
+            or one.is_baseline
             or mine is None
             or theirs is None
             or not common
@@ -146,7 +146,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
         + f" with {best.images:,} images, on {fresh}"
     )
     base, won = best.baseline_distance, best.gain
-    if base is not None and set(best.lambdas) != {1.0}:
+    if base is not None and not best.is_baseline:
         won = base - best.distance if won is None else won
         share = f" ({100 * won / base:.1f} %)" if base > 0 else ""
         lines.append(
@@ -167,6 +167,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
             if second.k is not None
             else f"a free schedule of mean {number(round(second.mean, 6))}"
         )
+        what += "".join(f", {name} {number(value)}" for name, value in second.parameters.items())
         lines.append(
             f"  the runner-up, {what}, is behind by {amount(second.behind)} {error_bar(second.behind_error)} "
             f"on {second.images:,} images"

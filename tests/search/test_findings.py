@@ -11,6 +11,7 @@ from storage import CONFIRM, NewJob
 @pytest.fixture
 def found(store, play):
     play(store, "adaptive", nfe=10)
+    play(store, "paper")
     return findings.of_job(store, play(store, "adaptive").id)
 
 
@@ -39,7 +40,11 @@ def test_the_result_compares_what_was_confirmed(found):
 
 def test_every_trial_every_nfe_and_the_whole_cost_are_there(found):
     assert len(table(found, "Trials").rows) == len(found.evaluations)
-    assert [row[1] for row in table(found, "All NFE").rows] == ["10", "20"]
+    assert [row[:3] for row in table(found, "All NFE").rows] == [
+        ("ddpm", "10", "adaptive"),
+        ("ddpm", "20", "adaptive"),
+        ("ddpm", "20", "paper"),
+    ]
     total = sum(e.network_evaluations for e in found.evaluations)
     assert table(found, "Cost").rows[-1][2] == f"{total:,}"
 

@@ -1,6 +1,7 @@
 """search.plots: what the pictures of a search show, and that only what compares is joined."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,18 @@ def test_the_schedules_are_those_of_the_confirmed_winners(searched):
     confirmed = {e.lambdas for e in evaluations if e.phase == CONFIRM}
     assert {series.y for series in panel.series} <= confirmed
     assert any(series.name.startswith("linear") for series in panel.series)
+
+
+def test_lambda_1_with_other_numbers_of_the_solver_is_a_schedule_that_was_found_and_no_baseline(searched):
+    job, evaluations = searched
+    with_eta = [
+        replace(e, parameters={"eta": 0.5}) if e.is_baseline and e.phase == CONFIRM else e
+        for e in evaluations
+    ]
+    (panel,) = plots.schedules(with_eta, job).panels
+    assert [s.name for s in panel.series if s.look == "first"] == ["uniform, λ = 1, eta 0.5"]
+    (fresh,) = [p for p in plots.rungs(job, with_eta).panels if p.title.startswith("confirmation")]
+    assert "baseline" not in [s.look for s in fresh.series]
 
 
 def test_a_trial_is_a_line_over_its_own_images_and_those_without_all_of_them_are_marked(searched):

@@ -94,6 +94,14 @@ def test_a_free_schedule_shows_its_list_and_the_solver_s_numbers():
     assert "λ_0 … λ_2: 1.01, 1, 1.02" in text
 
 
+def test_another_objective_is_named_and_small_numbers_keep_their_digits():
+    small = {"distance": 0.00123, "standard_error": 1e-5, "baseline_distance": 0.00234, "gain": 0.00111}
+    text = best_as_text(best(objective="KID", **small, metrics={"frechet": 4.25}))
+    assert "KID 0.00123 ± 1e-05 with 10,000 images" in text
+    assert "λ = 1 gives 0.00234: a gain of 0.00111" in text
+    assert "Fréchet distance 4.25" in text
+
+
 def test_programs_find_the_agreed_keys_first_and_everything_else_after():
     found = best_as_dict(best())
     assert list(found)[:8] == ["model", "dataset", "solver", "nfe", "k", "b", "lambdas", "distance"]
