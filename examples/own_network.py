@@ -37,12 +37,12 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = nn.Embedding(1000, 64)
-        self.before = nn.Conv2d(3, 64, 3, padding=1)
-        self.down = nn.Conv2d(64, 64, 3, stride=2, padding=1)
-        self.middle = nn.Sequential(nn.SiLU(), nn.Conv2d(64, 64, 3, padding=1), nn.SiLU())
-        self.up = nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1)
-        self.after = nn.Sequential(nn.SiLU(), nn.Conv2d(64, 3, 3, padding=1))
+        self.steps = nn.Embedding(1000, 32)
+        self.before = nn.Conv2d(3, 32, 3, padding=1)
+        self.down = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.middle = nn.Sequential(nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.SiLU())
+        self.up = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1)
+        self.after = nn.Sequential(nn.SiLU(), nn.Conv2d(32, 3, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = self.before(x) + self.steps(t.long())[:, :, None, None]
@@ -94,7 +94,7 @@ class Features(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1500, help="of the training")
+    parser.add_argument("--steps", type=int, default=800, help="of the training")
     given = parser.parse_args()
     torch.manual_seed(0)
     pixels = discs(600, np.random.default_rng(0))

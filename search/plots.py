@@ -326,7 +326,7 @@ def exposure(found: Diagnosis) -> Plot:
     floor = f"floor of {found.images:,} states"
     return Plot(
         key="exposure-bias",
-        title="Exposure bias",
+        title="Noise and states of sampling against training",
         x_label=_EVALUATIONS,
         y_label="",
         panels=(

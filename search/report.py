@@ -44,7 +44,7 @@ def duration(seconds: float) -> str:
 
 def amount(number: float | None, sign: str = "") -> str:
     """A distance or a difference (sign: "+") of any size; – where there is none."""
-    return "–" if number is None else f"{number:{sign}.4g}" if abs(number) < 0.1 else f"{number:{sign}.4f}"
+    return "–" if number is None else f"{number:{sign}.4g}" if abs(number) < 0.01 else f"{number:{sign}.4f}"
 
 
 def error_bar(value: float | None) -> str:

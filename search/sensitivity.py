@@ -102,7 +102,7 @@ def surface(job: Job, evaluations: Sequence[Evaluation]) -> Fitted | None:
     windows = []
     for axis in range(2):
         explored = longest_line(tried, axis)
-        window = None if explored is None else line.window(explored.values)
+        window = None if explored is None else line.window(explored.values) or _flank(explored.values)
         if window is None:
             return None
         windows.append(window)
@@ -115,9 +115,17 @@ def surface(job: Job, evaluations: Sequence[Evaluation]) -> Fitted | None:
     return Fitted(found, (float(widths[0]), float(widths[1])), max(e.images for e in tried))
 
 
+def _flank(values: Mapping[float, float]) -> tuple[float, float] | None:
+    """The window of a line that falls up to its end, as far as it is seen there; None where it hardly does."""
+    best = min(values, key=lambda x: values[x])
+    outwards = sorted(values, key=lambda x: abs(x - best))
+    edge = _crossing(values, outwards, (1 + line.RISE) * values[best])
+    return None if edge is None else (best, abs(edge - best))
+
+
 def longest_line(tried: Sequence[Evaluation], axis: int) -> Line | None:
-    """The most trials of equally many images that differ in coordinate `axis` (0: mean, 1: k) alone; of equally long
-    ones that with the lowest distance. None for fewer than two."""
+    """The most trials of equally many images that differ in coordinate `axis` (0: mean, 1: k) alone; of equally many
+    those that are farthest apart, then the lowest. None for fewer than two."""
     lines: dict[tuple[int, float], dict[float, float]] = {}
     for e in tried:
         here = position(e)
@@ -125,7 +133,16 @@ def longest_line(tried: Sequence[Evaluation], axis: int) -> Line | None:
             other = round(here[1 - axis] / _EXACT) * _EXACT
             lines.setdefault((images, other), {})[here[axis]] = distance
     long = [Line(n, other, values) for (n, other), values in lines.items() if len(values) > 1]
-    return max(long, key=lambda one: (len(one.values), -min(one.values.values()), one.images), default=None)
+
+    def rank(one: Line) -> tuple[int, float, float, int]:
+        return (
+            len(one.values),
+            max(one.values) - min(one.values),
+            -min(one.values.values()),
+            one.images,
+        )
+
+    return max(long, key=rank, default=None)
 
 
 def _of_surface(fitted: Fitted, tried: Sequence[Evaluation], axis: int) -> Sensitivity:

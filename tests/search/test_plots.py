@@ -88,14 +88,12 @@ def test_the_schedules_are_those_of_the_confirmed_winners(searched):
 
 def test_lambda_1_with_other_numbers_of_the_solver_is_a_schedule_that_was_found_and_no_baseline(searched):
     job, evaluations = searched
-    with_eta = [
-        replace(e, parameters={"eta": 0.5}) if e.is_baseline and e.phase == CONFIRM else e
-        for e in evaluations
-    ]
-    (panel,) = plots.schedules(with_eta, job).panels
-    assert [s.name for s in panel.series if s.look == "first"] == ["uniform, λ = 1, eta 0.5"]
-    (fresh,) = [p for p in plots.rungs(job, with_eta).panels if p.title.startswith("confirmation")]
-    assert "baseline" not in [s.look for s in fresh.series]
+    (one,) = [e for e in evaluations if e.is_baseline and e.phase == CONFIRM]
+    with_eta = replace(one, parameters={"eta": 0.5})
+    (panel,) = plots.schedules([with_eta], job).panels
+    assert [series.name for series in panel.series] == ["λ = 1", "uniform, λ = 1, eta 0.5"]
+    (panel,) = plots.rungs(job, [one, with_eta]).panels
+    assert [series.look for series in panel.series] == ["baseline", "first"]
 
 
 def test_a_trial_is_a_line_over_its_own_images_and_those_without_all_of_them_are_marked(searched):

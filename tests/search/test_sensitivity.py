@@ -36,6 +36,13 @@ def test_the_papers_points_give_ranges_between_them_and_none_beyond(store, play)
         assert one.high is None or one.high <= max(tried)
 
 
+def test_a_line_that_falls_up_to_its_end_has_the_window_that_is_seen_of_it():
+    falling = {0.0: 2.5, 0.02: 2.3, 0.06: 2.2}
+    edge, half = sensitivity._flank(falling)
+    assert (edge, half) == (0.06, pytest.approx(0.04 * 0.066 / 0.1))
+    assert sensitivity._flank({0.0: 2.24, 0.06: 2.2}) is None
+
+
 def test_without_a_bracket_nothing_is_said(store, play):
     job = play(store, "adaptive")
     assert sensitivity.measured(job, store.evaluations(job.id)[:1]) == ()
