@@ -98,6 +98,7 @@ def _json(best: Best, times: Sequence[float] | None = None) -> str:
         "b": found.b,
         "lambdas": found.lambdas,
         "steps": steps,  # t = 0 is the last evaluation
+        "objective": best.objective,
         "distance": best.distance,
         "baseline_distance": best.baseline_distance,
         "images": best.images,

@@ -1,16 +1,21 @@
-"""The example jobs: all valid; those of networks in NVIDIA's format fit the files that they name."""
+"""The examples: jobs are valid and fit files of the formats that they name; scripts do what they say."""
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 from samplers.models.ideal import load_ideal
 from samplers.models.load import FORMATS, load_model
 from samplers.sampling import AnalyticDDPM
-from search.spec import load
+from search import runner
+from search.cli import main
+from search.spec import SearchSpec, load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -71,3 +76,30 @@ def test_an_example_is_a_job_for_a_folder_of_its_kind(folders: Any, name: str) -
     model = load_model(spec.model.format, folders.root.name, spec.model.options, folders.root.parent)
     for sampling in spec.sampling:
         assert sampling.plan(model).times.size == sampling.nfe
+
+
+def test_an_own_network_is_made_searched_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["own_network.py", str(tmp_path / "mine"), "--steps", "2"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / "own_network.py"), run_name="__main__")
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.setenv("LAMTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LAMTUNE_STORE", raising=False)
+    assert len(list(Path("images").glob("*.png"))) == 600
+    spec = load("job.yaml")
+    quick = {
+        "images": 60,
+        "strategy": "paper",
+        "b": {"coarse": 0.1, "fine": 0.1},
+        "k": {"start": 0, "stop": 0},
+    }
+    quickly = spec.model_copy(update={"search": SearchSpec.model_validate(quick)})
+    runner.submit(quickly, None, Console(quiet=True))
+    words = ["--model", "discs", "--dataset", "discs", "--nfe", "10", "--job", "job.yaml", "-o", "best.json"]
+    main.main(["export", *words], standalone_mode=False)
+    runpy.run_path(str(EXAMPLES / "use_schedule.py"), run_name="__main__")
+    assert "Fréchet distance" in capsys.readouterr().out
+    with Image.open("images.png") as image:
+        assert image.size == (16 * 16, 2 * 16)
