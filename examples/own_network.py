@@ -33,20 +33,33 @@ search:   {images: 1000, seed: 0}
 
 
 class Network(nn.Module):
-    """Predicts the noise in x [B, 3, 16, 16] at the training steps t [B], 0 to 999."""
+    """Predicts the noise in x [B, 3, 16, 16] at the training steps t [B], 0 to 999: a U-Net of three sizes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = nn.Embedding(1000, 32)
-        self.before = nn.Conv2d(3, 32, 3, padding=1)
-        self.down = nn.Conv2d(32, 32, 3, stride=2, padding=1)
-        self.middle = nn.Sequential(nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1), nn.SiLU())
-        self.up = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1)
-        self.after = nn.Sequential(nn.SiLU(), nn.Conv2d(32, 3, 3, padding=1))
+        self.steps = nn.Embedding(1000, 32 + 64 + 128)
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.down = nn.ModuleList(
+            [nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.Conv2d(64, 128, 3, stride=2, padding=1)]
+        )
+        self.middle = nn.Sequential(
+            nn.SiLU(), nn.Flatten(), nn.Linear(2048, 2048), nn.Unflatten(1, (128, 4, 4))
+        )
+        self.up = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1),
+                nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
+            ]
+        )
+        self.last = nn.Sequential(nn.SiLU(), nn.Conv2d(32, 3, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        h = self.before(x) + self.steps(t.long())[:, :, None, None]
-        return self.after(h + self.up(self.middle(self.down(nn.functional.silu(h)))))
+        at = [part[:, :, None, None] for part in self.steps(t.long()).split((32, 64, 128), 1)]
+        large = self.first(x) + at[0]
+        half = self.down[0](nn.functional.silu(large)) + at[1]
+        small = self.down[1](nn.functional.silu(half)) + at[2]
+        half = half + self.up[0](nn.functional.silu(small + self.middle(small)))
+        return self.last(large + self.up[1](nn.functional.silu(half)))
 
 
 def make() -> nn.Module:
@@ -94,7 +107,7 @@ class Features(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=800, help="of the training")
+    parser.add_argument("--steps", type=int, default=1200, help="of the training")
     given = parser.parse_args()
     torch.manual_seed(0)
     pixels = discs(600, np.random.default_rng(0))

@@ -554,7 +554,6 @@ class Store:
                 JobRow.model == model,
                 JobRow.model_fingerprint == model_fingerprint,
                 JobRow.dataset == dataset,
-                JobRow.nfe == sampling["nfe"],
             )
             .order_by(JobRow.id.desc())
         )

@@ -453,6 +453,20 @@ class TestBest:
             confirm_seconds=0.0,
         )
 
+    def test_a_diagnosis_is_kept_with_the_newest_job_of_its_network_and_solver(self, store: Store) -> None:
+        first = store.create_job(new_job("a"))
+        assert store.diagnosis(first.id) is None
+        newest = store.create_job(new_job("b"))
+        store.create_job(new_job("other weights", model_fingerprint="w2"))
+        store.create_job(new_job("other solver", sampling={"variance": "small"}))
+        of = {"model": "adm", "model_fingerprint": "w1", "dataset": "cifar10"}
+        sampling = {**newest.sampling, "precision": "float16"}
+        for content in ({"norms": [1.5, 0.25], "name": "λ = 1"}, {"norms": []}):
+            assert store.add_diagnosis(content, **of, sampling=sampling) == newest
+            assert store.diagnosis(newest.id) == content
+        assert store.diagnosis(first.id) is None
+        assert store.add_diagnosis({}, **of, sampling={**sampling, "clip": False}) is None
+
     def test_what_was_confirmed_on_fresh_random_numbers_ranks_before_what_the_search_found_by_luck(
         self, store: Store
     ) -> None:
