@@ -5,6 +5,7 @@ findings come about.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -26,6 +27,7 @@ _SYMBOLS = {
     "x": "x-thin-open",
 }
 _DASHES = {"fit": "dash", "lost": "dot"}
+_GAP = 0.12  # between panels, as a share of the plot
 _INK = "#888888"  # readable on the dashboard's light and dark
 
 
@@ -44,12 +46,13 @@ def publish(store: Store, job_id: int) -> None:
 def keep(store: Store, found: Diagnosis) -> Job | None:
     """Put a diagnosis into the store and the dashboard, with the newest job of its network and solver; None: there is
     none."""
+    content = found.as_dict()
     job = store.add_diagnosis(
-        found.as_dict(),
+        content,
         model=found.model,
         model_fingerprint=found.model_fingerprint,
         dataset=found.dataset,
-        sampling=found.sampling,
+        sampling=content["sampling"],
     )
     if job is not None:
         with suppress(KeyError):  # its search has not begun
@@ -76,9 +79,9 @@ def note(found: Findings) -> str:
 
 
 def plotly(plot: Plot) -> dict[str, Any]:
-    """A plot in Plotly's JSON (`data` and `layout`): panels side by side."""
-    count = len(plot.panels)
-    width = (1 - 0.08 * (count - 1)) / count
+    """A plot in Plotly's JSON (`data` and `layout`)."""
+    rows = math.ceil(len(plot.panels) / plot.columns)
+    width, height = (1 - _GAP * (plot.columns - 1)) / plot.columns, (1 - _GAP * 2 * (rows - 1)) / rows
     data: list[dict[str, Any]] = []
     layout: dict[str, Any] = {
         "title": {"text": plot.title},
@@ -87,27 +90,31 @@ def plotly(plot: Plot) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": _INK},
         "legend": {"orientation": "h", "y": -0.25},
-        "margin": {"t": 100},
+        "margin": {"t": 80},
         "showlegend": not plot.bars,
     }
     named: set[str] = set()
     for place, panel in enumerate(plot.panels):
         suffix = "" if place == 0 else str(place + 1)
-        left = place * (width + 0.08)
-        label = plot.x_label if place == count // 2 else ""  # once, or long ones would overlap
+        row, column = divmod(place, plot.columns)
+        left, bottom = column * (width + _GAP), (rows - 1 - row) * (height + 2 * _GAP)
+        lowest = place + plot.columns >= len(plot.panels)
         axis: dict[str, Any] = {
-            "title": {"text": label},
+            "title": {"text": plot.x_label if lowest else ""},
             "domain": [left, left + width],
             "anchor": f"y{suffix}",
         }
         if plot.falling:
             axis["autorange"] = "reversed"
         if plot.log_x:
-            axis["type"] = "log"
-        named_by = panel.y_label or (plot.y_label if place == 0 else "")
-        side: dict[str, Any] = {"title": {"text": named_by}, "anchor": f"x{suffix}"}
+            axis |= {"type": "log", "tickvals": panel.marks, "ticktext": [f"{x:,.0f}" for x in panel.marks]}
+        side: dict[str, Any] = {
+            "title": {"text": plot.y_label if column == 0 else ""},
+            "domain": [bottom, bottom + height],
+            "anchor": f"x{suffix}",
+        }
         if panel.log_y:
-            side["type"] = "log"
+            side |= {"type": "log", "dtype": 1}
         if plot.bars:
             side |= {
                 "title": {"text": ""},
@@ -121,10 +128,10 @@ def plotly(plot: Plot) -> dict[str, Any]:
         layout |= {f"xaxis{suffix}": axis, f"yaxis{suffix}": side}
         layout["annotations"].append(
             {
-                "text": panel.title.replace(", ", "<br>"),
+                "text": panel.y_label or panel.title,
                 "x": left + width / 2,
                 "xanchor": "center",
-                "y": 1.0,
+                "y": bottom + height,
                 "yanchor": "bottom",
                 "xref": "paper",
                 "yref": "paper",

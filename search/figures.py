@@ -40,11 +40,10 @@ def draw(plot: "Plot", ink: str = "black") -> "Figure":
     from matplotlib.figure import Figure
 
     width, height = _PANEL
-    columns = min(len(plot.panels), 2)  # of a page as wide as a text, on which letters can be read
-    rows = math.ceil(len(plot.panels) / columns)
-    size = (1.5 * width if columns == 1 else columns * width, rows * height)
+    rows = math.ceil(len(plot.panels) / plot.columns)
+    size = (1.5 * width if plot.columns == 1 else plot.columns * width, rows * height)
     figure = Figure(figsize=size, layout="constrained", facecolor="none")
-    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    places = figure.subplots(rows, plot.columns, squeeze=False).flatten()
     for axes in places[len(plot.panels) :]:
         axes.remove()
     for axes, panel in zip(places, plot.panels, strict=False):
@@ -103,15 +102,10 @@ def _scale(axes: "Axes", plot: "Plot", panel: "Panel") -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif plot.log_x:
         axes.set_xscale("log")
-        seen = sorted({x for series in panel.series for x in series.x})
-        # Labels of numbers that are nearer than a fifth would overlap.
-        marks = [
-            x for x, next_one in zip(seen, [*seen[1:], float("inf")], strict=True) if next_one > 1.25 * x
-        ]
-        axes.xaxis.set_major_locator(FixedLocator(marks))
+        axes.xaxis.set_major_locator(FixedLocator(panel.marks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.tick_params(axis="x", labelrotation=45 if len(marks) > 5 else 0)
+        axes.tick_params(axis="x", labelrotation=45 if len(panel.marks) > 5 else 0)
     elif plot.bars:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))

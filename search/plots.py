@@ -5,6 +5,7 @@ or trials that nothing joins. Knows nothing of how they are drawn: `figures` mak
 interactive plots of Optuna's dashboard.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,6 +59,12 @@ class Panel:
     y_label: str = ""
     log_y: bool = False
 
+    @property
+    def marks(self) -> list[float]:
+        """The x to label on a logarithmic axis: all but those whose labels would overlap the next one's."""
+        seen = sorted({x for series in self.series for x in series.x})
+        return [x for x, above in zip(seen, [*seen[1:], math.inf], strict=True) if above > 1.25 * x]
+
 
 @dataclass(frozen=True, slots=True)
 class Plot:
@@ -72,6 +79,11 @@ class Plot:
     log_x: bool = False
     falling: bool = False
     bars: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Panels side by side: so few that letters can be read where a page is as wide as a text."""
+        return min(len(self.panels), 2)
 
 
 def of_job(job: Job, evaluations: Sequence[Evaluation]) -> tuple[Plot, ...]:
