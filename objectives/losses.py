@@ -12,6 +12,7 @@ has none. The real images are held fixed, since what they err by is the same for
 Knows nothing of images, extractors or trials.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -75,7 +76,10 @@ def inception_score(generated: Generated, _: Real | None) -> Measured:
     assert generated.logits is not None
     logs = generated.logits.double().log_softmax(1)
     shares = logs.exp()
-    terms = (shares * (logs - shares.mean(0).log())).sum(1)
+    overall = shares.mean(0).clamp(
+        min=torch.finfo(shares.dtype).tiny
+    )  # a class that no image is of adds nothing
+    terms = (shares * (logs - overall.log())).sum(1)
     loss = (-terms.mean()).exp()
     return float(loss), _centred(-loss * terms)
 
@@ -95,7 +99,7 @@ def measure(name: str, generated: Generated, real: Real | None) -> Measured:
     Raises InputError for too few images, NonFiniteError where the loss is NaN or infinite.
     """
     loss, influences = LOSSES[name].of(generated, real)
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
         raise NonFiniteError(f"{LOSSES[name].label} is {loss}")
     return loss, influences
 

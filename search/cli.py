@@ -75,9 +75,9 @@ def main() -> None:
 @main.command()
 @_store_option
 def demo(store: str) -> None:
-    """Search the schedule of the bundled digits network (no download; minutes on two cores).
+    """Search the schedule of the bundled digits network (no download; about a minute on two cores).
 
-    The whole protocol with 10,000 images per trial on 8×8 digits: λ = 1, b in coarse and fine steps, then k.
+    The job is search/demo.yaml: the mean λ, then k, with few images, and the result on 10,000 fresh ones.
     """
     from search.runner import submit as run
     from search.spec import load
@@ -107,7 +107,7 @@ def submit(
       dataset:   {name: cifar10, reference: cifar10-stats.npz}    # or a folder or archive of images
       features:  inception-v3-compat                              # or a TorchScript file
       sampling:  {solver: ddpm, nfe: [20, 50]}                    # ddpm, ddim, euler, heun, …
-      search:    {strategy: paper, images: 10000, seed: 0}
+      search:    {strategy: adaptive, images: 10000, seed: 0}     # or free, or paper
 
     A job that was interrupted goes on where it stopped when it is submitted again. `-` reads the standard input.
 
@@ -430,8 +430,12 @@ def diagnose(
 
     with open_store(store) as opened:
         kept = keep(opened, found)
-        where = f"with job {kept.id}" if kept else "nowhere: no job of this network and solver is there yet"
-        click.echo(f"kept in the store {opened.safe_url} {where}", err=True)
+        if kept is None:
+            click.echo(
+                f"the store {opened.safe_url} has no job of this network and solver to keep it with", err=True
+            )
+        else:
+            click.echo(f"kept in the store {opened.safe_url} with job {kept.id}", err=True)
 
 
 @main.command()

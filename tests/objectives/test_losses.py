@@ -71,6 +71,16 @@ def test_an_influence_is_the_loss_with_the_image_less_the_loss_without_it(name: 
         assert torch.allclose(found, wanted, rtol=0.1, atol=0.02 if name == "inception_score" else 1e-9)
 
 
+def test_classes_that_no_image_is_of_add_nothing_to_the_inception_score() -> None:
+    mine = images(30, 5)
+    assert mine.logits is not None
+    impossible = torch.full((30, 2), -2000.0, dtype=torch.float64)
+    more = Generated(mine.features, torch.cat([mine.logits, impossible], 1))
+    assert measure("inception_score", more, None)[0] == pytest.approx(
+        measure("inception_score", mine, None)[0]
+    )
+
+
 def test_parts_that_do_not_divide_the_images_change_nothing(
     real: Real, monkeypatch: pytest.MonkeyPatch
 ) -> None:

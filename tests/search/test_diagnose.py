@@ -224,7 +224,7 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     assert content["schedules"][1]["late"][0]["t"] == 4
     again = run("diagnose", tmp_path / "d.json", "--plot", tmp_path / "d.svg", *words[-2:])
     assert again.exit_code == 0, again.output
-    assert "nowhere: no job of this network and solver is there yet" in again.stderr
+    assert "has no job of this network and solver to keep it with" in again.stderr
     assert "from real states at t = 4" in again.output
     assert (tmp_path / "d.svg").read_text(encoding="utf-8").startswith("<?xml")
     for wrong, message in (
