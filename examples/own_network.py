@@ -1,6 +1,6 @@
 """A network and images of one's own, from nothing: all that a search needs, in one folder.
 
-    python examples/own_network.py mine        # about a minute on two cores
+    python examples/own_network.py mine        # about two minutes on two cores
     cd mine && lamtune submit job.yaml
 
 Writes into the folder: images/, 600 pictures of coloured discs, 16×16; net.pt, the weights of a small network of this
