@@ -113,8 +113,6 @@ def plotly(plot: Plot) -> dict[str, Any]:
             "domain": [bottom, bottom + height],
             "anchor": f"x{suffix}",
         }
-        if panel.log_y:
-            side |= {"type": "log", "dtype": 1}
         if plot.bars:
             side |= {
                 "title": {"text": ""},

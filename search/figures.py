@@ -95,8 +95,6 @@ def _bars(axes: "Axes", panel: "Panel") -> None:
 def _scale(axes: "Axes", plot: "Plot", panel: "Panel") -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    if panel.log_y:
-        axes.set_yscale("log")
     if plot.falling:
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

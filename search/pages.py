@@ -109,7 +109,10 @@ def _html_table(table: Table) -> str:
 
 
 def _job_file(found: Findings) -> str:
-    return yaml.safe_dump(dict(found.job.spec), sort_keys=False, allow_unicode=True)
+    """As it may be submitted again, wherever its folder is then."""
+    content = {key: value for key, value in found.job.spec.items() if key != "folder"}
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text.replace(f"{found.job.spec.get('folder')}/", "")
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------

@@ -57,7 +57,6 @@ class Panel:
     title: str
     series: tuple[Series, ...]
     y_label: str = ""
-    log_y: bool = False
 
     @property
     def marks(self) -> list[float]:
@@ -324,34 +323,38 @@ def cost(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
 
 
 def exposure(found: Diagnosis) -> Plot:
-    """‖ε‖ in training and sampling, their ratio, and δ_t, over the evaluations as sampling goes."""
+    """‖ε‖ in training and sampling, their ratio, and δ_t above its floor, over the evaluations as sampling goes."""
     steps = tuple(float(t) for t in range(found.nfe))
     looks: tuple[Look, ...] = ("second", "first", "third", "fourth")
 
-    def panel(title: str, label: str, key: str, name: str, of_training: Sequence[float]) -> Panel:
-        series = [Series(name, "fit", steps, tuple(of_training), markers=False, joined=True)]
-        for one, look in zip(found.schedules, looks, strict=False):
-            series.append(Series(one.name, look, steps, getattr(one, key), joined=True))
-        positive = key == "deltas" and all(min(one.y) > 0 for one in series)
-        return Panel(title, tuple(series), label, log_y=positive)
+    def panel(title: str, label: str, training: Sequence[float], of: Sequence[Sequence[float]]) -> Panel:
+        series = [Series("training", "fit", steps, tuple(training), markers=False, joined=True)]
+        for one, look, values in zip(found.schedules, looks, of, strict=False):
+            series.append(Series(one.name, look, steps, tuple(values), joined=True))
+        return Panel(title, tuple(series), label)
 
-    floor = f"floor of {found.images:,} states"
+    schedules = found.schedules
+    above = [
+        [delta - floor for delta, floor in zip(one.deltas, found.floor, strict=True)] for one in schedules
+    ]
     return Plot(
         key="exposure-bias",
         title="Noise and states of sampling against training",
         x_label=_EVALUATIONS,
         y_label="",
         panels=(
-            panel("Predicted noise", "mean ‖ε‖₂ of an image", "norms", "training", found.training),
+            panel(
+                "Predicted noise", "mean ‖ε‖₂ of an image", found.training, [one.norms for one in schedules]
+            ),
             panel(
                 "Sampling against training",
                 "‖ε‖₂ in sampling / in training",
-                "ratios",
-                "training",
                 (1.0,) * found.nfe,
+                [one.ratios for one in schedules],
             ),
-            panel("States", "δ_t (squared Fréchet distance)", "deltas", floor, found.floor),
+            panel("States", "δ_t above its floor", (0.0,) * found.nfe, above),
         ),
-        note=f"{found.images:,} images; real images noised to the same levels against the states of sampling.",
+        note=f"δ_t: squared Fréchet distance of {found.images:,} states of sampling to noised real images; "
+        "floor: that of as many noised images.",
         falling=True,
     )
