@@ -52,6 +52,13 @@ def test_a_page_stands_alone_and_is_well_formed(found):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_the_job_file_has_paths_that_start_in_its_folder(store, play):
+    job = play(store, spec={"model": {"path": "net.pt"}, "features": "/x/y/f.pt", "folder": "/x/y"})
+    text = pages.write(findings.of_job(store, job.id), "md")
+    assert "features: f.pt\n" in text
+    assert "/x/y" not in text
+
+
 def test_names_of_users_are_text_and_not_markup(store, play):
     job = play(store, model="<script>alert(1)</script>|_x*")
     found = findings.of_job(store, job.id)
