@@ -347,5 +347,5 @@ def _again(found: Findings) -> Table:
         "versions": ", ".join(f"{name} {value}" for name, value in job.versions.items()) or "not recorded",
     }
     if job.warm_start is not None:
-        facts["began at"] = ", ".join(f"{key} {x}" for key, x in job.warm_start.items())
+        facts["began at"] = ", ".join(f"{key} {value}" for key, value in job.warm_start.items())
     return Table("To do it again", ("", ""), tuple(facts.items()))
