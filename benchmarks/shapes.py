@@ -109,7 +109,9 @@ def measure(job: Path, images: int) -> Found:
 
 def _measured(write: Callable[[Path], dict[str, Any]], size: int, solver: str) -> Found:
     with scratch() as folder:
-        with warnings.catch_warnings():  # torch would have torch.export instead, which is no format of extractors
+        with (
+            warnings.catch_warnings()
+        ):  # torch would have torch.export instead, which is no format of extractors
             warnings.simplefilter("ignore")
             probe = torch.zeros(2, 3, size, size, dtype=torch.uint8)
             torch.jit.save(torch.jit.trace(_Pooled(), probe), folder / "pooled.pt")  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ _BENDS = (
 _BEND_RANGE = (-0.2, 0.2)
 _LEAST_RUNG = 50
 _GRID = 250
-_PER_AXIS = 1.2  # full trials' images for each coordinate beyond the mean and k, which have a fifth of the paper's search
+_PER_AXIS = 1.2  # full trials' images for each coordinate beyond the mean and k
 
 
 @dataclass(frozen=True, slots=True)
