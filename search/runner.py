@@ -92,7 +92,7 @@ def _submit(
                 pool.check_files(spec, nodes, spec.files)
             real = _real(spec, evaluator, _shown(bar, "features of the real images"))
             for sampling in spec.sampling:  # whatever is wrong with the search is said before Γ is estimated
-                _strategy(spec, sampling, evaluator, None)
+                planning.strategy(spec.search, sampling, evaluator.model.time, evaluator.extractor.dim)
             samplings = complete(
                 spec, evaluator.model, accelerator(), _shown(bar, "Γ (ms_eps): network evaluations")
             )
@@ -114,7 +114,7 @@ def _submit(
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
             second = runner_up(best, store.evaluations(best.job_id))
             console.print(f"\n{best_as_text(best, second)}", highlight=False, soft_wrap=True)
-            if (saved := warm_start_as_text(store, job)) is not None:
+            if (saved := warm_start_as_text(store, store.job(job.id))) is not None:
                 console.print(saved, highlight=False, soft_wrap=True)
         console.print(f"\nstore: {store.safe_url}", highlight=False, soft_wrap=True)
         return tuple(store.job(job.id) for job in jobs)
@@ -155,17 +155,14 @@ def _fingerprint(spec: JobSpec, evaluator: Evaluator, real: str | None) -> str:
     return _digest([evaluator.fingerprint, spec.objective, real])
 
 
-def _strategy(spec: JobSpec, sampling: Solver, evaluator: Evaluator, start: Start | None) -> Strategy:
-    return planning.strategy(spec.search, sampling, evaluator.model.time, evaluator.extractor.dim, start)
-
-
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """One search of a job. sampling: with the file of Γ, if it needs one. context: see `study.Search`."""
+    """One search of a job. sampling: with the file of Γ, if it needs one. strategy: by where it starts. context: see
+    `study.Search`."""
 
     job: Job
     sampling: Solver
-    strategy: Strategy
+    strategy: Callable[[Start | None], Strategy]
     context: str
 
 
@@ -209,7 +206,6 @@ def _search(
         raise InputError(_difference(resumed, spec, evaluator, fingerprint, number_type))
     job = store.find_job(name)
     if job is None:
-        start = warm_start(store, spec, asked, evaluator, fingerprint) if spec.search.warm_start else None
         job = store.create_job(
             NewJob(
                 study_name=name,
@@ -235,12 +231,15 @@ def _search(
                     }
                     | ({} if spec.objective == FRECHET else {"objective": LOSSES[spec.objective].label}),
                 ),
-                warm_start=None if start is None else asdict(start),
                 versions=_versions(resources.device),
             )
         )
-    start = None if job.warm_start is None else Start(**job.warm_start)
-    return _Search(job, ready.sampling, _strategy(spec, asked, evaluator, start), _digest(numbers))
+    time, dimension = evaluator.model.time, evaluator.extractor.dim
+
+    def strategy(start: Start | None) -> Strategy:
+        return planning.strategy(spec.search, asked, time, dimension, start)
+
+    return _Search(job, ready.sampling, strategy, _digest(numbers))
 
 
 def _difference(job: Job, spec: JobSpec, evaluator: Evaluator, fingerprint: str, number_type: str) -> str:
@@ -273,23 +272,34 @@ def _versions(device: str) -> dict[str, str]:
     return found
 
 
-def warm_start(
-    store: Store, spec: JobSpec, sampling: Solver, evaluator: Evaluator, fingerprint: str
-) -> Start | None:
+def _start(store: Store, spec: JobSpec, number: int) -> Start | None:
+    """Where the search of a job begins, or began: looked up once, when its first trial is due, so that it can be what
+    the search before it has found."""
+    job = store.job(number)
+    if job.warm_start is not None:
+        return Start(**job.warm_start)
+    if not spec.search.warm_start or store.evaluations(number):
+        return None
+    start = warm_start(store, job)
+    if start is not None:
+        store.note_warm_start(number, asdict(start))
+    return start
+
+
+def warm_start(store: Store, new: Job) -> Start | None:
     """The best schedule of the most alike finished job: the same network at another NFE, the nearest one, else another
     network on the same data; of the same solver and evaluator in any case. None where there is none, or for the
     paper's protocol, which begins at λ = 1."""
-    if spec.search.strategy == "paper":
+    if new.strategy == "paper":
         return None
-    alike = store.alike(spec.dataset.name, sampling.solver, fingerprint)
 
     def distance(job: Job) -> tuple[bool, float, int]:
-        other = job.model_fingerprint != evaluator.model.fingerprint
-        return other, abs(math.log(job.nfe / sampling.nfe)), -job.id
+        other = job.model_fingerprint != new.model_fingerprint
+        return other, abs(math.log(job.nfe / new.nfe)), -job.id
 
-    for job in sorted(alike, key=distance):
+    for job in sorted(store.alike(new.dataset, new.solver, new.evaluator.fingerprint), key=distance):
         with suppress(NotInStore):
-            best = store.best(job.model, job.dataset, job.nfe, job.solver)
+            best = store.best_of(job.id)
             if best.k is not None and not best.parameters:
                 mean = best.b + best.k * (best.nfe - 1) / 2 if best.b is not None else 1.0
                 return Start(mean=round(mean, 9), k=best.k, nfe=best.nfe, job=best.job_id)
@@ -332,13 +342,16 @@ def _run(
         try:
             for one in todo:
                 with _claimed(store, one.job), TerminalWatcher(one.job, console) as watcher:
+                    strategy = one.strategy(_start(store, spec, one.job.id))
 
-                    def search(one: _Search = one, watcher: TerminalWatcher = watcher) -> None:
+                    def search(
+                        one: _Search = one, strategy: Strategy = strategy, watcher: TerminalWatcher = watcher
+                    ) -> None:
                         with store.errors():
                             found = Search(
                                 store,
                                 one.job,
-                                one.strategy,
+                                strategy,
                                 watcher,
                                 rungs=spec.search.all_rungs,
                                 context=one.context,

@@ -69,9 +69,8 @@ class NewJob:
     `study_name`: of Optuna's study, unique in the store. `model_fingerprint`: digest of weights and options.
     `sampling`: all options of the solver. `images`: the full image count of the search. `confirm`: image count of the
     evaluations on fresh random numbers that rank in the end; 0: none, the search's own full evaluations rank. `seed`:
-    of the search's common random numbers, 0 to 2⁶³ - 1. `spec`: the whole job file, as it was submitted. `warm_start`:
-    where the search began, and which job said so; None: at λ = 1. `versions`: of the programs that made the job, by
-    name.
+    of the search's common random numbers, 0 to 2⁶³ - 1. `spec`: the whole job file, as it was submitted. `versions`: of
+    the programs that made the job, by name.
     """
 
     study_name: str
@@ -87,7 +86,6 @@ class NewJob:
     spec: Mapping[str, Any]
     evaluator: Evaluator
     confirm: int = 0
-    warm_start: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -120,7 +118,7 @@ class Job(NewJob):
 
     `updated_at` is the last sign of life: it moves with every write to the job or to its evaluations.
     `finished_at` is set while `status` is finished, failed or cancelled; a job that is being cancelled gets it when its
-    process has ended.
+    process has ended. `warm_start`: where the search began, and which job said so; None: at λ = 1, or not yet.
     """
 
     id: int
@@ -129,6 +127,7 @@ class Job(NewJob):
     created_at: datetime
     updated_at: datetime
     finished_at: datetime | None
+    warm_start: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

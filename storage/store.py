@@ -188,7 +188,6 @@ class Store:
                 spec=dict(new.spec),
                 evaluator=self._evaluator(session, new.evaluator),
                 confirm=new.confirm,
-                warm_start=None if new.warm_start is None else dict(new.warm_start),
                 versions=dict(new.versions),
                 status="queued",
                 created_at=now,
@@ -357,6 +356,11 @@ class Store:
             row.updated_at = datetime.now(UTC)
             session.flush()
             return row.record().status
+
+    def note_warm_start(self, job_id: int, warm_start: Mapping[str, Any]) -> None:
+        """Record where the search of a job is about to begin; see `Job.warm_start`."""
+        with self._session(write=True) as session:
+            self._own_job(session, job_id).warm_start = dict(warm_start)
 
     # ---- evaluations
 

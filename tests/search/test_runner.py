@@ -472,6 +472,15 @@ def test_a_job_begins_where_a_job_of_another_nfe_ended_and_says_so(tmp_path, qui
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_of_several_nfe_in_one_file_each_begins_where_the_one_before_it_ended(tmp_path, quiet):
+    job = {**ADAPTIVE, "sampling": {"solver": "ddpm", "nfe": [5, 8]}}
+    (first, _, _), (second, tried, _) = searched(tmp_path, quiet, job=job)
+    assert (first.nfe, first.warm_start) == (5, None)
+    assert (second.nfe, second.warm_start["job"]) == (8, first.id)
+    assert tried[1].mean == pytest.approx(second.warm_start["mean"], abs=1e-9)
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_what_another_job_measured_is_taken_from_the_store_and_what_was_sampled_from_the_cache(
     tmp_path, quiet
 ):
