@@ -8,7 +8,8 @@ Three stages, each a function of what the ones before it measured:
 3. Rounds on more and more images, while that loss is noticeable and the budget lasts: a base near the minimum, and a
    partner of it along each coordinate. Under common random numbers a distance errs smoothly, so more points tell no
    more about a slope than two, and more images do. Half way between base and partner the slope is known whatever the
-   curvature, which is the least certain of all: partners are put so that the minimum lies there.
+   curvature, which is the least certain of all: partners are put so that the minimum lies there. Unless it is given,
+   the budget is a fifth of what the paper's search would take on that surface.
 
 The stride is as fine as the noise allows: the answer is a minimum of the surface, and not one of the points.
 
@@ -51,6 +52,9 @@ _FAR = 0.8  # the same, for another round on as many images
 _FIFTH = 0.19  # of the trials of the paper's search, whose number is only expected
 _SHORTEST = 7  # trials of it, at least: λ = 1, and two neighbours for each stride of b and of k
 _LONG = 60  # and at most
+_EXPLORED = (
+    6  # trials of the first rung for each coordinate, which a budget that is not given has in any case
+)
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
 _GRID = 250  # image counts of rounds are multiples of this
 # The half width of k and bends, as the root mean square of the change of λ, over that of the mean. By the paper's
@@ -285,8 +289,11 @@ class AdaptiveStrategy:
         return max(len(history), _SHORTEST)
 
     def _budget(self, protocol_trials: int) -> int:
-        more = 0.0 if self.protocol is None else _FIFTH * protocol_trials * self.images
-        return self.budget + round(more)
+        """Images of the whole search, where the paper's takes so many trials."""
+        if self.protocol is None:
+            return self.budget
+        fifth = round(_FIFTH * protocol_trials * self.images)
+        return max(self.budget + fifth, _EXPLORED * len(self.axes) * self.rung)
 
     def _around(self, known: _Known, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
         """The base, and its partner along each coordinate that has room for one."""
