@@ -475,16 +475,18 @@ class Store:
             row.state, row.error, row.finished_at = "failed", error, datetime.now(UTC)
         return row.record()
 
-    def evaluations(self, job_id: int) -> tuple[Evaluation, ...]:
-        """A job's evaluations by ascending number; NotInStore if there is no such job."""
+    def evaluations(
+        self, job_id: int, limit: int | None = None, after_number: int | None = None
+    ) -> tuple[Evaluation, ...]:
+        """A job's evaluations by ascending number, all of them or at most `limit`; for the next page give the last one's
+        number as `after_number`. NotInStore if there is no such job.
+        """
+        query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
+        if after_number is not None:
+            query = query.where(EvaluationRow.number > after_number)
         with self._session() as session:
             self._job(session, job_id)
-            return self._tried(session, job_id)
-
-    @staticmethod
-    def _tried(session: Session, job_id: int) -> tuple[Evaluation, ...]:
-        query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
-        return tuple(row.record() for row in session.scalars(query))
+            return tuple(row.record() for row in session.scalars(query.limit(limit)))
 
     def known(self, key: str, images: int) -> Evaluation | None:
         """An evaluation of any job that has measured what `key` names, on so many images or more; None: there is none.

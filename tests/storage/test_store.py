@@ -376,6 +376,17 @@ class TestEvaluations:
         evaluated(store, other, 3, 1.0, 5.0)
         assert [one.number for one in store.evaluations(job.id)] == [0, 1, 2]
 
+    def test_evaluations_come_page_by_page(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        for number in range(5):
+            evaluated(store, job, number, 1.0, 5.0)
+        whole = store.evaluations(job.id)
+        pages = [store.evaluations(job.id, limit=2)]
+        while pages[-1]:
+            pages.append(store.evaluations(job.id, limit=2, after_number=pages[-1][-1].number))
+        assert [len(page) for page in pages] == [2, 2, 1, 0]
+        assert tuple(one for page in pages for one in page) == whole
+
     def test_what_was_measured_under_a_key_is_known_to_every_job_at_each_of_its_rungs(
         self, store: Store
     ) -> None:
