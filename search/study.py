@@ -114,6 +114,7 @@ class Search:
         self._rungs, self._context, self._metrics = tuple(rungs), context, frozenset(metrics)
         self._running: dict[str, _Running] = {}
         self._losses = 0
+        self._expected: int | None = None  # as the study has it
         self._tried = {
             one.number: one for one in store.evaluations(job.id)
         }  # this process alone writes to them
@@ -192,7 +193,9 @@ class Search:
                 continue
             self._running[trial_id] = running
             expected = self._strategy.expected_trials(history)
-            self._storage.set_study_user_attr(self._study, EXPECTED, expected)
+            if expected != self._expected:
+                self._storage.set_study_user_attr(self._study, EXPECTED, expected)
+                self._expected = expected
             self._watcher.started(running.evaluation, images, expected)
             # A race shares its error among the job's rungs, so it looks at no others.
             rungs = self._rungs if candidate.fresh else self._all_rungs

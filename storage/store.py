@@ -241,6 +241,17 @@ class Store:
             )
         return row
 
+    def _sign_of_life(self, session: Session, job_id: int) -> None:
+        """Note that a job lives, in one statement; raises as `_own_job`."""
+        attempt = self._attempts.get(job_id, JobRow.attempt)
+        mine = update(JobRow).where(JobRow.id == job_id, JobRow.attempt == attempt)
+        noted = session.execute(
+            mine.values(updated_at=datetime.now(UTC)).execution_options(synchronize_session=False)
+        )
+        assert isinstance(noted, CursorResult)
+        if not noted.rowcount:
+            self._own_job(session, job_id)
+
     def job(self, job_id: int) -> Job:
         """One job; NotInStore if there is none with that id."""
         with self._session() as session:
@@ -419,7 +430,7 @@ class Store:
                     f"evaluation {row.number} of job {row.job_id} is {row.state} and cannot change any more"
                 )
             yield row
-            self._own_job(session, row.job_id).updated_at = datetime.now(UTC)
+            self._sign_of_life(session, row.job_id)
             session.flush()
 
     def report_rung(
@@ -478,8 +489,9 @@ class Store:
     def evaluations(
         self, job_id: int, limit: int | None = None, after_number: int | None = None
     ) -> tuple[Evaluation, ...]:
-        """A job's evaluations by ascending number, all of them or at most `limit`; for the next page give the last one's
-        number as `after_number`. NotInStore if there is no such job.
+        """A job's evaluations by ascending number, all of them or at most `limit`; NotInStore if there is no such job.
+
+        For the next page give the last one's number as `after_number`.
         """
         query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
         if after_number is not None:
