@@ -1,13 +1,14 @@
 """A sampler worker: the Ray actor that holds an Evaluator.
 
-Knows nothing of trials, strategies or the store: it answers calls for ranges of images. Imports nothing heavy before
-it is made: whoever gets a handle of it loads this module too, and a trial that would import torch for that starts
-seconds later.
+Knows nothing of trials, strategies or the store: it answers calls, and says how many seconds each took. Imports nothing
+heavy before it is made: whoever gets a handle of it loads this module too, and a trial that would import torch for that
+starts seconds later.
 """
 
 from __future__ import annotations  # a handle brings the signatures along
 
 import platform
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,14 +71,17 @@ class SamplerWorker:
         key: str,
     ) -> tuple[Moments, Features, tuple[int, float]]:
         """See Evaluator.sample; the last item is the number of images that were computed, and the seconds."""
-        moments, features, computed, seconds = self._evaluator.sample(
+        began = time.perf_counter()
+        moments, features, computed = self._evaluator.sample(
             sampling, schedule, start, stop, seed=seed, parameters=parameters, key=key
         )
-        return moments, features, (computed, seconds)
+        return moments, features, (computed, time.perf_counter() - began)
 
-    def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
-        """See Evaluator.merge."""
-        return self._evaluator.merge(*parts)
+    def merge(self, *parts: Moments) -> tuple[Moments, Sensitivity, tuple[float, float]]:
+        """See Evaluator.merge; the last item is the distance, and the seconds."""
+        began = time.perf_counter()
+        total, distance, sensitivity = self._evaluator.merge(*parts)
+        return total, sensitivity, (distance, time.perf_counter() - began)
 
     def conclude(
         self,
@@ -86,20 +90,24 @@ class SamplerWorker:
         seed: int,
         parameters: Mapping[str, float],
         *parts: Features,
-    ) -> tuple[dict[str, float], bytes]:
-        """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator.
+    ) -> tuple[tuple[dict[str, float], bytes], float]:
+        """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator. And
+        the seconds.
 
         The first call loads the real images' features, which the driver has cached, where a metric needs them.
         """
         from objectives.metrics import Real, need_real
 
+        began = time.perf_counter()
         names = self._spec.metrics
         if self._real is None and need_real(names):
             features, _ = self._evaluator.real(self._spec.dataset)
             self._real = Real.of(features.to(self._device))
         metrics = self._evaluator.metrics(names, self._real, parts) if names else {}
-        return metrics, self._evaluator.picture(sampling, schedule, seed, parameters)
+        picture = self._evaluator.picture(sampling, schedule, seed, parameters)
+        return (metrics, picture), time.perf_counter() - began
 
-    def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
-        """See Evaluator.influences."""
-        return self._evaluator.influences(sensitivity, features)
+    def influences(self, sensitivity: Sensitivity, features: Features) -> tuple[NDArray[np.float64], float]:
+        """See Evaluator.influences; and the seconds."""
+        began = time.perf_counter()
+        return self._evaluator.influences(sensitivity, features), time.perf_counter() - began
