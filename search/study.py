@@ -80,6 +80,11 @@ def point_of(evaluation: Evaluation, job: Job) -> Point:
     )
 
 
+def _interrupted(evaluation: Evaluation) -> bool:
+    """Whether it failed by no fault of its own."""
+    return (evaluation.error or "").startswith(_INTERRUPTED)
+
+
 @dataclass(slots=True)
 class _Running:
     evaluation: Evaluation
@@ -159,7 +164,7 @@ class Search:
     def _history(self) -> list[Point]:
         found = []
         for number, evaluation in self._tried.items():
-            if not (evaluation.error or "").startswith(_INTERRUPTED):
+            if not _interrupted(evaluation):
                 if number not in self._points:
                     self._points[number] = point_of(evaluation, self._job)
                 found.append(self._points[number])
@@ -387,4 +392,10 @@ class Search:
             raise LamtuneError(
                 "no schedule has a finite distance, not even λ = 1: check the model and its flags, "
                 "and try model.precision: float32"
+            )
+        confirming = [e for e in self._tried.values() if e.phase == CONFIRM and not _interrupted(e)]
+        if confirming and all(e.state == "failed" for e in confirming):
+            raise LamtuneError(
+                "nothing could be confirmed on fresh random numbers, so the search has no result; the last attempt "
+                f"failed: {confirming[-1].error}"
             )
