@@ -29,7 +29,7 @@ from objectives.metrics import check, need_real
 from objectives.reference import Reference, has_images
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
-from search import blocks, dashboard, planning, pool, tuner
+from search import dashboard, planning, pool, tuner
 from search.evaluator import Evaluator, accelerator, precision
 from search.ms_eps import Complete, complete
 from search.planning import Start
@@ -107,7 +107,7 @@ def _submit(
         reference, fingerprint = evaluator.reference, evaluator.model.fingerprint
         del evaluator  # the workers hold their own
         if todo:
-            blocks.trim()
+            pool.trim_caches(spec, nodes)
             _run(store, spec, reference, fingerprint, todo, resources, console)
         for job in jobs:
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
