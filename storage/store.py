@@ -27,7 +27,7 @@ from storage import upgrade
 from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe, wait_for
 from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.lock import only_writer
-from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
+from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob, alive
 from storage.tables import EvaluationRow, EvaluatorRow, JobRow, PictureRow
 
 if TYPE_CHECKING:
@@ -318,14 +318,13 @@ class Store:
         """Make the caller the job's one writer, and the job running; False if another process holds it.
 
         A running job is held while its last sign of life (`Job.updated_at`) is younger than `stale_after`
-        seconds, so call `heartbeat` more often than that; one that is being cancelled, until its process has said so.
-        A sign of life that lies as far in the future counts as little: that clock was wrong. One statement decides, so
-        of two callers one gets the job; who held it before can no longer write to it (TakenOver). NotInStore if there
-        is no such job.
+        seconds (see `records.alive`), so call `heartbeat` more often than that; one that is being cancelled, until its
+        process has said so. One statement decides, so of two callers one gets the job; who held it before can no longer
+        write to it (TakenOver). NotInStore if there is no such job.
         """
         now, silence = datetime.now(UTC), timedelta(seconds=stale_after)
-        alive = JobRow.updated_at.between(now - silence, now + silence)
-        free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & alive))
+        lives = JobRow.updated_at.between(now - silence, now + silence)  # `records.alive`, in SQL
+        free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & lives))
         with self._session(write=True) as session:
             self._job(session, job_id)
             taken = session.execute(
@@ -350,14 +349,9 @@ class Store:
             row = self._job(session, job_id)
             if row.finished_at is not None:
                 raise LamtuneError(f"job {job_id} is {row.status} already")
-            alive = row.status in ("running", "cancelled") and row.updated_at >= now - timedelta(
-                seconds=stale_after
-            )
-            row.status, row.error, row.finished_at = (
-                "cancelled",
-                "cancelled on request",
-                None if alive else now,
-            )
+            held = row.status in ("running", "cancelled") and alive(row.updated_at, now, stale_after)
+            row.status, row.error = "cancelled", "cancelled on request"
+            row.finished_at = None if held else now
             session.flush()
             return row.record()
 

@@ -216,6 +216,9 @@ class TestJobs:
             with engine.begin() as connection:
                 connection.execute(update(JobRow).values(updated_at=when))
             assert store.claim(job.id, stale_after=60) == free
+        with engine.begin() as connection:
+            connection.execute(update(JobRow).values(updated_at=when))
+        assert store.cancel(job.id, stale_after=60).finished_at is not None  # nobody is waited for
         engine.dispose()
 
     def test_who_lost_a_job_to_another_process_can_no_longer_write_to_it(
