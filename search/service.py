@@ -69,7 +69,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class JobHistory:
-    """A job and a page of the schedules that it tried, by ascending number; influences are base64."""
+    """A job and a page of the schedules that it tried, by ascending number; influences are URL-safe base64."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="base64")
 
