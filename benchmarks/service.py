@@ -129,6 +129,11 @@ def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
                 rows.append(row | own | {"b": b, "mean": b, "lambdas": [b] * nfe})
         connection.execute(job_table.insert(), job_rows)
         connection.execute(evaluation_table.insert(), rows)
+        if engine.dialect.name == "postgresql":
+            for table in ("lamtune_jobs", "lamtune_evaluations"):  # the next ids are behind ours
+                connection.exec_driver_sql(
+                    f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), (SELECT max(id) FROM {table}))"
+                )
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE")  # PostgreSQL does so by itself, some time later
     engine.dispose()

@@ -32,7 +32,7 @@ _IN_FLIGHT = 2
 _BLOCK = 250  # images of a block of the cache, as in `search.evaluator`, which imports torch
 _LOSSES = 3  # how often a call may die with its worker, a worker while it loads, or results with their node
 _ALONE_S = 600.0  # how long a search without any worker waits for one
-_DIED = "its Tune process died: it was killed, by Ray itself where the memory of its machine runs out"
+_DIED = "its Tune process was killed; Ray does so itself where a machine has too little memory left"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,8 +140,8 @@ class Evaluation:
     network evaluation t, t = 0 the cleanest. `rungs`: image count → Fréchet distance there, ascending;
     `images` and `distance` are the last of them (0 and None before the first). `network_evaluations`: images
     × NFE paid so far. `seconds`: device time, what all workers together have worked for it so far, from the images to
-    distances, influences, metrics and picture; not what they waited, loaded, or had begun when they died. A complete evaluation
-    has a finite distance; a pruned one was stopped at its last rung.
+    distances, influences, metrics and picture; not what they waited, loaded, or had begun when they died. A complete
+    evaluation has a finite distance; a pruned one was stopped at its last rung.
 
     `parameters`: options of the solver that were tried in place of the job's. `seed`: of its random numbers.
     `standard_error`: of `distance`. `gain`: the distance of λ = 1 minus this one at the same images and seed, with
