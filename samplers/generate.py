@@ -39,7 +39,6 @@ _SIZES = (
     1,
 )  # images of one call, which divide most ranges that are asked for
 _SHARE = 0.5  # of the free memory of a GPU that a call may take; features, noise and decoders want some too
-_PROBE = 8  # images whose memory is measured
 Observe = Callable[[int, Tensor, Tensor], None]
 """observe(t, x, eps): the states of a batch that the network saw at evaluation t, and the noise that it predicted,
 undivided."""
@@ -124,18 +123,22 @@ class Sampler:
 
     @torch.no_grad()
     def fitted(self) -> Self:
-        """The same with a micro-batch that fits into the memory of its GPU, measured on a few images; call it before
+        """The same with the largest micro-batch whose call fits into the memory of its GPU, tried out; call it before
         the network is compiled. A micro-batch that was asked for stays."""
         if self.device.type != "cuda" or self.micro_batch is not None:
             return self
-        count = min(self.size, _PROBE)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._one_call(count)
-        each = (torch.cuda.max_memory_allocated(self.device) - before) / count
-        torch.cuda.empty_cache()
-        room = _SHARE * torch.cuda.mem_get_info(self.device)[0] / each
-        return replace(self, micro_batch=next((n for n in _SIZES if n <= min(self.size, room)), 1))
+        for count in (n for n in _SIZES if n <= self.size):
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            try:
+                replace(self, micro_batch=count)._one_call(count)
+                taken = torch.cuda.max_memory_allocated(self.device) - before
+            except torch.cuda.OutOfMemoryError:
+                taken = None
+            torch.cuda.empty_cache()
+            if taken is not None and taken <= _SHARE * torch.cuda.mem_get_info(self.device)[0]:
+                return replace(self, micro_batch=count)
+        return replace(self, micro_batch=1)
 
     def _one_call(self, count: int) -> None:
         """Noise, one evaluation and pixels of `count` images, for what they cost."""

@@ -304,7 +304,8 @@ class UNet(_Encoder):
         if self.label_emb is not None:
             assert labels is not None, "a class-conditional network needs labels"
             emb = emb + self.label_emb(labels)
-        *skips, h = self.encode(x, emb)
+        skips = self.encode(x, emb)
+        h = skips.pop()
         for stage in self.output_blocks:
             h = stage(joined(h, skips.pop()), emb)
         return cast(Tensor, self.out[2](normalised(cast(nn.GroupNorm, self.out[0]), (h,))))
