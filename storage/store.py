@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -101,6 +102,8 @@ class Store:
     def __init__(self, url: URL, patience: float = 0.0) -> None:
         self._url, self._patience = url, patience
         self._attempts: dict[int, int] = {}  # of the jobs that were claimed here
+        self._optuna: RDBStorage | None = None
+        self._making_optuna = Lock()
         self._readers = make_engine(url)
         self._writers = self._readers.execution_options(write=True)
         try:
@@ -127,8 +130,10 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close all connections; Optuna storages from this store stay usable."""
+        """Close all connections; what was got from `optuna_storage` stays usable."""
         self._readers.dispose()
+        if self._optuna is not None:
+            self._optuna.engine.dispose()
 
     def only_writer(self) -> AbstractContextManager[None]:
         """Hold the store while a search writes to it; see `lock.only_writer`."""
@@ -683,10 +688,17 @@ class Store:
     # ---- Optuna
 
     def optuna_storage(self) -> "RDBStorage":
-        """A new Optuna storage on this database, its tables made if need be; ours are not touched.
+        """The Optuna storage on this database, its tables made if need be; ours are not touched.
 
-        InputError where another version of Optuna made its tables; LamtuneError where the database fails.
+        One for all who ask, so that many jobs leave a server's connections to others. InputError where another version
+        of Optuna made its tables; LamtuneError where the database fails.
         """
+        with self._making_optuna:
+            if self._optuna is None:
+                self._optuna = self._new_optuna_storage()
+            return self._optuna
+
+    def _new_optuna_storage(self) -> "RDBStorage":
         from optuna.exceptions import StorageInternalError  # heavy, and only a search needs it
         from optuna.storages import RDBStorage
 

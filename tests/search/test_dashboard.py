@@ -20,6 +20,7 @@ from sqlalchemy import Engine, event
 
 from samplers.errors import LamtuneError
 from search import dashboard, plots
+from storage import open_store
 
 ROOT = Path(__file__).parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -47,7 +48,7 @@ def test_a_study_gets_its_note_and_every_plot_and_renewing_replaces_them(store, 
         dashboard.publish(store, published.id)
 
 
-def test_a_database_that_fails_meanwhile_is_a_lamtune_error(store, play):
+def test_a_database_that_fails_meanwhile_is_a_lamtune_error(store, play, tmp_path):
     job = play(store)
 
     def limit(connection, _):
@@ -55,8 +56,11 @@ def test_a_database_that_fails_meanwhile_is_a_lamtune_error(store, play):
 
     event.listen(Engine, "connect", limit)
     try:
-        with pytest.raises(LamtuneError, match=r"store\.db failed: .*full"):
-            dashboard.publish(store, job.id)
+        with (
+            open_store(f"sqlite:///{tmp_path}/store.db") as again,
+            pytest.raises(LamtuneError, match=r"store\.db failed: .*full"),
+        ):
+            dashboard.publish(again, job.id)
     finally:
         event.remove(Engine, "connect", limit)
 

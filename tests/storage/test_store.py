@@ -633,23 +633,31 @@ class TestOptuna:
         assert "alembic_version" in before
         engine.dispose()
 
-    def test_many_may_make_optunas_tables_at_once(self, store: Store) -> None:
+    def test_a_store_has_one_optuna_storage_which_outlives_it(self, url: str) -> None:
+        with open_store(url) as store, ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(lambda _: store.optuna_storage(), range(4))
+        assert all(other is first for other in others)
+        assert optuna.create_study(study_name="s", storage=first).trials == []
+        first.engine.dispose()
+
+    def test_many_may_make_optunas_tables_at_once(self, url: str) -> None:
         barrier = Barrier(4)
 
         def made(i: int) -> str:
-            barrier.wait()
-            return optuna.create_study(study_name=f"s{i}", storage=store.optuna_storage()).study_name
+            with open_store(url) as store:
+                barrier.wait()
+                return optuna.create_study(study_name=f"s{i}", storage=store.optuna_storage()).study_name
 
         with ThreadPoolExecutor(4) as pool:
             assert sorted(pool.map(made, range(4))) == ["s0", "s1", "s2", "s3"]
 
     def test_tables_of_another_optuna_are_an_input_error(
-        self, store: Store, execute: Callable[[str], None]
+        self, store: Store, url: str, execute: Callable[[str], None]
     ) -> None:
         store.optuna_storage()
         execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
-        with pytest.raises(InputError, match="updating optuna"):
-            store.optuna_storage()
+        with open_store(url) as another, pytest.raises(InputError, match="updating optuna"):
+            another.optuna_storage()
 
 
 class TestSeveralAtOnce:
