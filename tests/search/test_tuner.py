@@ -1,10 +1,12 @@
 """search.tuner: trials hand out images over real Ray actors, rung by rung, and tell the loop what happens."""
 
 import os
+import threading
 import time
 from contextlib import suppress
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -246,6 +248,23 @@ def test_a_trial_that_is_stopped_with_calls_in_flight_leaves_nothing_to_the_next
     run(loop, workers({}, {}, {}))
     assert [p.images for p in loop.of("a")] == [10]
     assert [(p.images, p.distance) for p in loop.of("b")] == ALL
+
+
+def test_a_trial_whose_own_process_is_killed_is_told_as_lost_without_a_traceback(workers, capfd):
+    def kill():
+        while True:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "".join(process.cmdline()).startswith("ray::ResourceTrainable"):
+                        return process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    loop = Loop("a")
+    run(loop, workers({"slow": 0.2}))
+    killer.join()
+    assert loop.ends == [("a", tuner._DIED)]
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_images_that_kill_every_worker_end_the_search(workers):
