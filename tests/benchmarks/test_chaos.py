@@ -12,8 +12,8 @@ def test_a_search_survives_a_worker_amid_its_measuring_a_node_and_the_database_a
     if not postgresql_programs():
         pytest.skip("no PostgreSQL programs found")
     search = {
-        "images": 4000,
-        "rungs": [1000],
+        "images": 12_000,  # long enough for three kills: another search costs more than images do
+        "rungs": [2000, 6000],
         "b": {"coarse": 0.1, "fine": 0.05},
         "k": {"start": 0, "stop": 0},
     }
