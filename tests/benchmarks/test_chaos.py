@@ -17,7 +17,7 @@ def test_a_search_survives_a_worker_amid_its_measuring_a_node_and_the_database_a
         "b": {"coarse": 0.1, "fine": 0.05},
         "k": {"start": 0, "stop": 0},
     }
-    report = chaos.rounds(["postgresql", "measuring", "node"], search=search)
+    report = chaos.rounds(["node", "postgresql", "measuring"], search=search)
     assert sorted(one["kind"] for one in report["rounds"]) == ["measuring", "node", "postgresql"]
     for one in report["searches"]:
         assert one["evaluations"] > 4
