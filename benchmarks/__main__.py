@@ -3,12 +3,13 @@
 python -m benchmarks [JOB.yaml] [--images N] [--json]
 """
 
-from benchmarks import cli, job, scaling, startup, today, trial
+from benchmarks import cli, job, scaling, shapes, startup, today, trial
 from benchmarks.common import main
 
 PARTS = {
     "trial": trial.PART,
     "today": today.PART,
+    "shapes": shapes.PART,
     "scaling": scaling.PART,
     "job": job.PART,
     "startup": startup.PART,

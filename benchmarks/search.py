@@ -33,9 +33,7 @@ from search.strategies.paper import PaperStrategy
 Vector = NDArray[np.float64]
 
 IMAGES = 10_000
-RUNG = 500
-BUDGET = {1: 20_000, 2: 36_000}
-"""Images for so many axes: at most a fifth of what the paper's search takes here. A job's default is less."""
+RUNG = 1000
 NFE = 20
 _BIAS = 1600.0  # of the distance of n images: so much / n, as recorded
 _RECORDED_BLOCK = 25
@@ -182,7 +180,7 @@ def adaptive(axes: int, step: float = 0.01) -> AdaptiveStrategy:
     """Over the mean, or the mean and k."""
     reach = 0.4 / (NFE - 1)
     searched = (Axis("mean", 1.0, step, 0.9, 1.2), Axis("k", 0.0, None, -reach, reach))[:axes]
-    return AdaptiveStrategy(NFE, searched, IMAGES, RUNG, BUDGET[axes])
+    return AdaptiveStrategy(NFE, searched, IMAGES, RUNG, 0, paper(axes))
 
 
 def paper(axes: int) -> PaperStrategy:

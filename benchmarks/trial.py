@@ -133,8 +133,8 @@ def split(case: Case, images: int) -> dict[str, float]:
     return taken | {"rest": taken["trial"] - math.fsum(t for name, t in taken.items() if name != "trial")}
 
 
-def measure(job: Path, images: int) -> Found:
-    """Seconds of the parts at the job's NFE, or at 20 and 100 on a GPU; and the shares of the machine."""
+def measure(job: Path, images: int, nfes: tuple[int, ...] = NFES) -> Found:
+    """Seconds of the parts at these NFE on a GPU, else at the job's; and the shares of the machine."""
     case = load_case(job)
     images = (
         -(-images // case.sampler.size) * case.sampler.size
@@ -142,7 +142,8 @@ def measure(job: Path, images: int) -> Found:
     gpu = case.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    nfes = NFES if gpu and case.sampling.solver != "heun" else (case.sampling.nfe,)
+    if not gpu or case.sampling.solver == "heun":
+        nfes = (case.sampling.nfe,)
     splits = {nfe: split(case.at(nfe), images) for nfe in nfes}
     memory = peaks()
     flops, moved = counted(case)

@@ -25,9 +25,7 @@ _BENDS = (
 _BEND_RANGE = (-0.2, 0.2)
 _LEAST_RUNG = 50
 _GRID = 250
-# Images of a search over the mean and k, in those of a full trial: a fifth of what the paper's protocol takes at least.
-_BUDGET = 1.8
-_BUDGET_PER_AXIS = 1.2  # for each further coordinate
+_PER_AXIS = 1.2  # full trials' images for each coordinate beyond the mean and k
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +87,12 @@ def _inner(
     if search.strategy == "free":
         axes += [Axis(f"bend{j}", 0.0, None, *_BEND_RANGE) for j in range(2, min(nfe, _BENDS + 2))]
     axes += [_parameter(sampling, name, *ends) for name, ends in search.parameters.items()]
-    rung = max(search.images / 20, dimension / 2, _LEAST_RUNG)
+    rung = max(search.images / 10, dimension / 2, _LEAST_RUNG)
     rung = min(search.images, round(rung / _GRID) * _GRID if rung >= _GRID else round(rung))
-    budget = search.budget
-    if budget is None:
-        budget = round((_BUDGET + _BUDGET_PER_AXIS * max(len(axes) - 2, 0)) * search.images)
-    return AdaptiveStrategy(nfe, tuple(axes), search.images, rung, budget)
+    if search.budget is not None:
+        return AdaptiveStrategy(nfe, tuple(axes), search.images, rung, search.budget)
+    budget = round(_PER_AXIS * max(len(axes) - 2, 0) * search.images)
+    return AdaptiveStrategy(nfe, tuple(axes), search.images, rung, budget, PaperStrategy.of(nfe, time))
 
 
 def _parameter(sampling: Solver, name: str, low: float, high: float) -> Axis:

@@ -25,18 +25,32 @@ import numpy as np
 
 from samplers.errors import InputError
 from search.strategies import line
-from search.strategies.base import FINISHED, WAIT, Candidate, History, Point, Setting, Step, bend_basis
+from search.strategies.base import (
+    FINISHED,
+    WAIT,
+    Candidate,
+    History,
+    Point,
+    Setting,
+    Signal,
+    Step,
+    bend_basis,
+)
+from search.strategies.paper import PaperStrategy
 from search.strategies.surface import Sample, Surface, Vector, fit
 
 _LOSS = 3e-4  # of the distance: an expected loss that is not worth more images
 _REACH = 1.0  # of a half width: how far from where it was expected a fitted minimum is believed
 _ROUNDS = 4  # at most: one on the middle number of images, two more if the minimum is far, and the last
-_SHARE = 0.3  # of what the exploration left, for the middle round
+_SHARE = 0.4  # of what the exploration left, for the middle round
 _STEP = 0.3  # from base to partner, in half widths, at least
 _MIRRORED = 2.0  # the same, at most
 _SAME = 0.3  # of a half width: a partner stays if the minimum is so near to half way
-_REBASE = 0.4  # of a half width: a base farther from the minimum is left
+_REBASE = 0.3  # of a half width: a base farther from the minimum is left
 _FAR = 0.8  # the same, for another round on as many images
+_FIFTH = 0.19  # of the trials of the paper's search, whose number is only expected
+_SHORTEST = 7  # trials of it, at least: λ = 1, and two neighbours for each stride of b and of k
+_LONG = 60  # and at most
 _WORTHWHILE = 1.2  # a round has at least so many times the images of the one before
 _GRID = 250  # image counts of rounds are multiples of this
 # The half width of k and bends, as the root mean square of the change of λ, over that of the mean. By the paper's
@@ -122,7 +136,8 @@ class AdaptiveStrategy:
     """See the module.
 
     nfe: network evaluations. axes: explored in this order, the mean first. images: the most for one trial. rung:
-    those of the exploration. budget: images of the whole search, which refinements keep to.
+    those of the exploration. budget: images of the whole search. protocol: the paper's search; a fifth of what it
+    would take, if distances were those of the surface that was explored, is added to the budget.
     """
 
     nfe: int
@@ -130,6 +145,7 @@ class AdaptiveStrategy:
     images: int
     rung: int
     budget: int
+    protocol: PaperStrategy | None = None
 
     def next(self, history: History) -> Step:
         """See `Strategy.next`; `WAIT` while any point runs."""
@@ -198,7 +214,7 @@ class AdaptiveStrategy:
             candidate = self._candidate(_phase(axis.name), position, self.rung)
             value = math.inf if candidate is None else known.value(candidate, self.rung)
             if value is None:
-                if known.images + self.rung > self.budget:
+                if known.images + self.rung > self._budget(_SHORTEST):
                     break
                 return candidate
             values[x] = value
@@ -220,14 +236,15 @@ class AdaptiveStrategy:
         if surface is None:
             return self._end(known, None, centre, centre, widths)
         at = base = self._believed(known, surface, centre, widths)
+        budget = self._budget(self._protocol_trials(surface, at))
         steps = np.full(len(at), _STEP)
         images = self.rung
-        middle = int(_SHARE * (self.budget - known.images)) // (len(at) + 1)
+        middle = int(_SHARE * (budget - known.images)) // (len(at) + 1)
         far = moved = True
         for _ in range(_ROUNDS):
             positions = self._around(known, base, steps, widths)
             reused = sum(self._images(known, position) for position in positions)
-            affordable = (self.budget - known.images + reused) // len(positions)
+            affordable = (budget - known.images + reused) // len(positions)
             count = _gridded(min(self.images, affordable, math.ceil(images * self._need(known, surface))))
             if far and images <= middle < count / _WORTHWHILE:
                 count = max(_gridded(middle), images)
@@ -239,6 +256,7 @@ class AdaptiveStrategy:
             images = count
             surface = self._fit(known, at, widths) or surface
             at = self._believed(known, surface, at, widths)
+            budget = self._budget(self._protocol_trials(surface, at))
             away = (at - base) / widths
             distance = math.sqrt(np.mean(away**2))
             far = distance > _FAR
@@ -250,6 +268,25 @@ class AdaptiveStrategy:
             else:
                 steps = np.where(off, np.sign(away) * np.clip(np.abs(2 * away), _STEP, _MIRRORED), steps)
         return self._end(known, surface, at, centre, widths)
+
+    def _protocol_trials(self, surface: Surface, at: Vector) -> int:
+        """How many the paper's search would take if distances were those of the surface, whose minimum is at `at`."""
+        history: list[Point] = []
+        while (
+            self.protocol is not None
+            and len(history) < _LONG
+            and not isinstance(step := self.protocol.next(history), Signal)
+        ):
+            for candidate in step:
+                line = zip(self.axes, self._position(candidate), at, strict=True)
+                position = [x if axis.name in ("mean", "k") else found for axis, x, found in line]
+                value = surface.value(np.array(position))
+                history.append(Point(candidate.mean, candidate.k, "complete", value, self.images))
+        return max(len(history), _SHORTEST)
+
+    def _budget(self, protocol_trials: int) -> int:
+        more = 0.0 if self.protocol is None else _FIFTH * protocol_trials * self.images
+        return self.budget + round(more)
 
     def _around(self, known: _Known, base: Vector, steps: Vector, widths: Vector) -> list[Vector]:
         """The base, and its partner along each coordinate that has room for one."""

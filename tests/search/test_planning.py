@@ -33,7 +33,8 @@ def test_the_usual_search_is_over_the_mean_and_k_and_is_confirmed() -> None:
     assert isinstance(found, Confirmed)
     assert (found.images, found.rungs) == (10_000, 4)
     inner = adaptive(images=10_000)
-    assert (inner.nfe, inner.images, inner.rung, inner.budget) == (20, 10_000, 500, 18_000)
+    assert (inner.nfe, inner.images, inner.rung, inner.budget) == (20, 10_000, 1000, 0)
+    assert inner.protocol == PaperStrategy.of(20, "discrete")
     mean, k = inner.axes
     assert mean == Axis("mean", 1.0, 0.01, 0.9, 1.2)
     # The ends of the schedule move by 0.2 at most.
@@ -61,29 +62,30 @@ def test_a_free_search_has_as_many_coordinates_as_evaluations_but_ten_at_most(nf
 @pytest.mark.parametrize(
     ("images", "dimension", "rung"),
     [
-        (10_000, 64, 500),
-        (50_000, 64, 2500),
-        (10_000, 2048, 1000),  # half of the features
-        (1000, 64, 50),
+        (10_000, 64, 1000),
+        (50_000, 64, 5000),
+        (5000, 2048, 1000),  # half of the features
+        (1000, 64, 100),
         (600, 300, 150),
-        (5000, 64, 250),
-        (7000, 64, 250),  # a whole number of blocks
+        (5000, 64, 500),
+        (7000, 64, 750),  # a whole number of blocks
         (64, 64, 50),
         (30, 64, 30),  # no more than there are
         (2, 2048, 2),
     ],
 )
-def test_an_exploration_has_a_twentieth_of_the_images_but_enough_for_the_features(
+def test_an_exploration_has_a_tenth_of_the_images_but_enough_for_the_features(
     images: int, dimension: int, rung: int
 ) -> None:
     assert adaptive(images=images, dimension=dimension).rung == rung
 
 
 def test_a_budget_grows_with_the_coordinates_unless_it_is_given() -> None:
-    assert adaptive(images=1000).budget == 1800
-    assert adaptive(DDPM("ddpm", 5), images=1000, strategy="free").budget == 1800 + 3 * 1200
-    assert adaptive(DDPM("ddpm", 1), images=1000).budget == 1800
-    assert adaptive(images=1000, budget=777).budget == 777
+    assert adaptive(images=1000).budget == 0
+    assert adaptive(DDPM("ddpm", 5), images=1000, strategy="free").budget == 3 * 1200
+    assert adaptive(DDPM("ddpm", 1), images=1000).budget == 0
+    given = adaptive(images=1000, budget=777)
+    assert (given.budget, given.protocol) == (777, None)
 
 
 def test_ranges_and_the_first_step_are_those_of_the_job() -> None:
@@ -118,7 +120,7 @@ def test_numbers_of_the_solver_begin_at_the_value_of_the_job() -> None:
     ).axes
     assert axes[2] == Axis("S_noise", 1.003, pytest.approx(0.001), 1.0, 1.008)
     assert axes[3] == Axis("S_churn", 40.0, -5.0, 0.0, 40.0)  # from its upper end downwards
-    assert adaptive(images=1000, sampling=DDIM("ddim", 20), parameters={"eta": (0, 1)}).budget == 3000
+    assert adaptive(images=1000, sampling=DDIM("ddim", 20), parameters={"eta": (0, 1)}).budget == 1200
 
 
 def test_the_paper_s_protocol_is_what_it_is_and_can_do_without_confirmation() -> None:

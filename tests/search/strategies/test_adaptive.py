@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.search import BUDGET, PUBLISHED, Recording, World, adaptive, paper, regrets, replay, through
+from benchmarks.search import PUBLISHED, Recording, World, adaptive, paper, regrets, replay, through
 from objectives.paired import BLOCK
 from search.strategies.adaptive import AdaptiveStrategy, Axis
 from search.strategies.base import FINISHED, WAIT, Candidate, Point, Signal, bend_basis
@@ -79,9 +79,9 @@ def test_on_recorded_noise_it_ends_near_the_best_distance_at_a_fifth_of_the_cost
         outcome = replay(adaptive(axes), world)
         lost.append(regrets(world, outcome, axes)[0])
         images.append(outcome.images)
-    usual = np.mean([replay(paper(axes), World(recording, seed)).images for seed in range(10)])
+    usual = np.mean([replay(paper(axes), World(recording, seed)).images for seed in range(40)])
     assert np.mean(np.array(lost) <= 0.05) >= 0.95
-    assert max(images) <= BUDGET[axes] <= 0.2 * usual
+    assert max(images) <= 0.2 * usual
 
 
 def test_it_measures_nothing_twice_and_does_not_depend_on_the_order_of_the_history(
