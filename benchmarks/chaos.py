@@ -6,6 +6,7 @@ A PostgreSQL, a Ray head and two Ray nodes run on this machine, each node with a
 another host. Searches run on them one after the other; at random moments one of these dies by kill -9, in turn:
 
     worker      the process of a sampler worker
+    measuring   the same, amid a call that adds up moments, tells influences or concludes an evaluation
     driver      the process of `lamtune submit`; `lamtune resume` follows as soon as the store lets it
     node        a Ray node with all its processes and its cache; another one comes some seconds later
     postgresql  the database server with all its processes; it is started again some seconds later
@@ -46,7 +47,8 @@ from benchmarks.servers import (
 )
 from storage import STALE_S, Evaluation, open_store
 
-KINDS = ("worker", "driver", "node", "postgresql")
+KINDS = ("worker", "measuring", "driver", "node", "postgresql")
+_MEASURING = ("merge", "influences", "conclude")
 # An exact denoiser, so that a trial of some seconds needs no weights; confirmation and racing included.
 JOB: dict[str, Any] = {
     "model": {
@@ -94,21 +96,13 @@ class Site:
             shutil.rmtree(cache / "features", ignore_errors=True)
 
     def run(self, *words: str, store: URL) -> None:
-        """Start `lamtune WORDS --cluster auto`; its output goes to driver.log."""
-        environment = self.cluster.environment | {
-            "RAY_ADDRESS": self.cluster.gcs,
-            "LAMTUNE_STORE": store.render_as_string(hide_password=False),
-            "LAMTUNE_CACHE": str(self.folder / "cache-driver"),
-        }
-        code = "from search.cli import main; main()"
-        with (self.folder / "driver.log").open("ab") as log:
-            self.driver = subprocess.Popen(
-                [sys.executable, "-c", code, *words, "--cluster", "auto"],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        """Start the driver, `lamtune WORDS --cluster auto`."""
+        self.driver = self.cluster.drive(
+            *words,
+            log=self.folder / "driver.log",
+            LAMTUNE_STORE=store.render_as_string(hide_password=False),
+            LAMTUNE_CACHE=str(self.folder / "cache-driver"),
+        )
 
     def log(self) -> str:
         """The end of what drivers have printed."""
@@ -116,15 +110,20 @@ class Site:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of sampler workers."""
-        found = []
-        for node in self.nodes:
-            for process in psutil.Process(node.process.pid).children(recursive=True):
-                try:
-                    if "".join(process.cmdline()).startswith("ray::SamplerWorker"):
-                        found.append(process)
-                except psutil.Error:
-                    continue
-        return found
+        nodes = [psutil.Process(node.process.pid) for node in self.nodes]
+        processes = [process for node in nodes for process in node.children(recursive=True)]
+        return [process for process in processes if title(process).startswith(WORKER)]
+
+
+WORKER = "ray::SamplerWorker"
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; Ray has it say which call it is in, `ray::SamplerWorker.sample`."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 @contextmanager
@@ -150,25 +149,39 @@ def site() -> Iterator[Site]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill(found: Site, kind: str, chance: random.Random) -> None:
-    """Kill one of a kind, and have what would follow follow."""
+def kill(found: Site, kind: str, chance: random.Random) -> float | None:
+    """Kill one of a kind, and have what would follow follow; returns when, None where the search ended before."""
     if kind == "worker":
-        workers = found.workers()
-        if workers:
-            chance.choice(workers).kill()
+        until(lambda: found.workers() or ended(found))
+        if not (workers := found.workers()):
+            return None
+        chance.choice(workers).kill()
+    elif kind == "measuring":
+        calls = tuple(f"{WORKER}.{call}" for call in _MEASURING)
+        measuring: list[psutil.Process] = []
+        while not measuring:
+            if ended(found):
+                return None
+            workers, looks = found.workers(), 500  # such a call may be short, and to find workers takes long
+            while not measuring and (looks := looks - 1):
+                measuring = [worker for worker in workers if title(worker).startswith(calls)]
+        measuring[0].kill()
     elif kind == "driver":
         assert found.driver is not None
         found.driver.kill()
         found.driver.wait()
     elif kind == "node":
-        node = found.nodes.pop(chance.randrange(len(found.nodes)))
-        node.kill()
-        time.sleep(chance.uniform(0, 4))
-        found.add_node()
+        found.nodes.pop(chance.randrange(len(found.nodes))).kill()
     else:
         found.database.kill()
+    killed = time.monotonic()
+    if kind == "node":
+        time.sleep(chance.uniform(0, 4))
+        found.add_node()
+    elif kind == "postgresql":
         time.sleep(chance.uniform(0.5, 5))
         found.database.start()
+    return killed
 
 
 def history(url: URL) -> tuple[Evaluation, ...]:
@@ -183,7 +196,7 @@ def progress(url: URL) -> int:
     return sum(len(one.rungs) for one in history(url))
 
 
-def finished(found: Site, url: URL) -> bool:
+def ended(found: Site) -> bool:
     """Whether the search is over; Failed where its driver ended otherwise."""
     assert found.driver is not None
     if found.driver.poll() is None:
@@ -208,18 +221,20 @@ def disturbed(
     """Run a search and kill by `kinds` until they are used up or the search is over. Returns a record of each round."""
     rounds: list[dict[str, Any]] = []
     found.run("submit", str(job), store=url)
-    while kinds and not finished(found, url):
-        until(lambda: progress(url) > 0 or finished(found, url))
+    while kinds and not ended(found):
+        until(lambda: progress(url) > 0 or ended(found))
         time.sleep(chance.uniform(0, 3))
-        if finished(found, url):
+        if ended(found):
             break
-        kind, before, began = kinds.pop(0), progress(url), time.monotonic()
-        kill(found, kind, chance)
-        if kind == "driver":
+        killed = kill(found, kinds[0], chance)
+        if killed is None:
+            break
+        before = progress(url)
+        if kinds[0] == "driver":
             resume(found, url)
-        until(lambda before=before: finished(found, url) or progress(url) > before, _ROUND_S)  # type: ignore[misc]
-        rounds.append({"kind": kind, "recovered_s": time.monotonic() - began})
-    until(lambda: finished(found, url), 10 * _ROUND_S)
+        until(lambda before=before: ended(found) or progress(url) > before, _ROUND_S)  # type: ignore[misc]
+        rounds.append({"kind": kinds.pop(0), "recovered_s": time.monotonic() - killed})
+    until(lambda: ended(found), 10 * _ROUND_S)
     return rounds
 
 
@@ -293,9 +308,11 @@ def rounds(kinds: list[str], seed: int = 0, search: dict[str, Any] | None = None
             times = []
             for url, mine in zip(urls, (left, []), strict=True):
                 found.forget()
-                began = time.monotonic()
+                began, asked = time.monotonic(), len(mine)
                 report["rounds"] += disturbed(found, job, url, mine, chance)
                 times.append(time.monotonic() - began)
+                if asked and len(mine) == asked:
+                    raise Failed(f"nothing could be killed in a search of {times[-1]:.0f} s")
             one, other = (measured(url) for url in urls)
             difference = compare(one, other)
             if best(urls[0]) != best(urls[1]):

@@ -84,13 +84,13 @@ class Function:
         assert schedule.k is not None
         return distance(schedule.mean, schedule.k), np.zeros(stop - start), (stop - start, 0.0)
 
-    def merge(self, value: float) -> tuple[float, float, None]:
+    def merge(self, value: float) -> tuple[float, None, tuple[float, float]]:
         """See `SamplerWorker`."""
-        return value, value, None
+        return value, None, (value, 0.0)
 
-    def influences(self, _sensitivity: None, features: Any) -> Any:
+    def influences(self, _sensitivity: None, features: Any) -> tuple[Any, float]:
         """See `SamplerWorker`."""
-        return features
+        return features, 0.0
 
 
 def new_job(store: Store, name: str) -> Job:

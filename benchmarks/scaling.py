@@ -43,7 +43,9 @@ class _Trials:
         self._case, self._images, self._name = case, images, name
         self._begun = 0
         self.ends: list[float] = []
-        self.busy: list[float] = []
+        self.busy: list[float] = []  # seconds of workers of each trial, and until it was sampled
+        self.sampling: list[float] = []
+        self._sampled = 0.0
 
     def next_trial(self, trial_id: str) -> tuner.TrialConfig | None:
         if self.finished:
@@ -66,9 +68,12 @@ class _Trials:
 
     def report(self, trial_id: str, progress: tuner.Progress) -> bool:
         assert progress.error is None, progress.error
-        if progress.distance is not None:
+        if progress.distance is None:
+            self._sampled = progress.seconds
+        else:
             self.ends.append(time.perf_counter())
             self.busy.append(progress.seconds)
+            self.sampling.append(self._sampled)
         return False
 
     def complete(self, trial_id: str, lost: str | None) -> None:
@@ -135,7 +140,7 @@ def measured(dimension: int, device: torch.device, worker: Any, image: float) ->
     sensitivity = told[0].to(device)
     return Times(
         image=image,
-        call=seconds(lambda: ray.get(worker.placed.remote()), 20),
+        call=seconds(lambda: ray.get(worker.__ray_ready__.remote()), 20),
         message=seconds(lambda: ray.get(ray.put(moments))) + size / _NETWORK,
         add=seconds(lambda: moments + moments),
         distance=distance,
@@ -172,8 +177,9 @@ def measure(job: Path, images: int) -> Found:
                 busy = sum(loop.busy[1:]) / (_TRIALS - 1)
                 found["workers"][count] = {"trial": wall, "idle": 1 - busy / (count * wall)}
                 if count == 1:
+                    image = sum(loop.sampling[1:]) / (_TRIALS - 1) / images
                     for dimension in dict.fromkeys((case.evaluator.extractor.dim, INCEPTION)):
-                        times = measured(dimension, case.device, workers.actors[0], busy / images)
+                        times = measured(dimension, case.device, workers.actors[0], image)
                         found["simulated"][dimension] = simulated(times, resources.unit)
             finally:
                 pool.stop_workers(workers)

@@ -216,6 +216,18 @@ class RayCluster:
         self.nodes.append(RayNode(words, self.environment | environment))
         return self.nodes[-1]
 
+    def drive(self, *words: str, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+        """Start `lamtune WORDS --cluster auto` on the head's machine; its output is added to `log`."""
+        code = "from search.cli import main; main()"
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, "-c", code, *words, "--cluster", "auto"],
+                env=self.environment | {"RAY_ADDRESS": self.gcs} | environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
     def living(self) -> int:
         """How many nodes there are, as the head has it."""
         try:

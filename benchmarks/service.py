@@ -1,10 +1,12 @@
-"""Times `lamtune serve` on a store of many finished trials: /api/best and /api/jobs over HTTP.
+"""Times `lamtune serve` on a store of many finished trials, alone and while searches write to it.
 
-    python -m benchmarks.service [--store URL] [--trials N] [--per-job N] [--requests R] [--json]
+    python -m benchmarks.service [--store URL] [--trials N] [--per-job N] [--jobs N] [--requests R] [--json]
 
-The store must be empty, and stays filled; without --store it is a SQLite file that goes again. What answers is the
-command itself in a process of its own, through one connection that is kept (and then eight at a time); with the time
-comes the plan of the queries behind `best`, and the indexes in it.
+A PostgreSQL that goes again, or the empty database at URL, is filled with finished trials. `lamtune serve`, in a
+process of its own, is asked through one connection that is kept, and then through eight; with the times come the plans
+of the queries, and the indexes in them. Then so many jobs of four NFE each (an exact denoiser of 8×8 pixels) start on
+a Ray cluster of this machine, each in its own `lamtune submit`, and it is asked again while all of them search; the
+command fails where a job or a result of one is missing in the end. `--jobs 0`, which SQLite needs: none of that.
 """
 
 import argparse
@@ -17,23 +19,52 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import numpy as np
+import yaml
 from sqlalchemy import Engine, MetaData, event
 
+from benchmarks.servers import RayCluster, new_database, postgresql, until
 from samplers.errors import InputError
 from samplers.schedule import Schedule
-from storage import Evaluator, NewJob, open_store
+from storage import Evaluator, NewJob, Store, open_store
 from storage.connection import make_engine, parse
 
 NFES = (10, 20, 50, 100)
 SEEDS = 5
 AT_ONCE = 8
+BUSY_NFES = (4, 5, 6, 8)
+
+
+def busy_job(number: int) -> dict[str, Any]:
+    """A job file: four searches of trials that take about a second."""
+    return {
+        "model": {
+            "name": f"busy-{number}",
+            "format": "ideal",
+            "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
+        },
+        "dataset": {"name": "digits", "reference": "digits"},
+        "features": "digits",
+        "sampling": {"solver": "ddpm", "nfe": list(BUSY_NFES)},
+        "search": {
+            "strategy": "paper",
+            "images": 4000,
+            "confirm": 0,
+            "rungs": [1000],
+            "seed": number,  # features that one has sampled are of no use to another
+            "b": {"coarse": 0.05, "fine": 0.01},
+            "k": {"start": 0, "stop": 0},
+        },
+        "resources": {"workers": 1},
+    }
 
 
 def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
@@ -66,7 +97,12 @@ def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
         started = store.start_evaluation(job.id, 0, "baseline", Schedule.uniform(job.nfe, 1.0))
         for images, distance in ((1000, 5.0), (2500, 4.0), (5000, 3.5), (10_000, 3.2)):
             store.report_rung(
-                started.id, images=images, distance=distance, network_evaluations=images, seconds=images / 100
+                started.id,
+                images=images,
+                distance=distance,
+                network_evaluations=images,
+                seconds=images / 100,
+                influence=np.random.default_rng(0).bytes(4 * images // 5),
             )
         store.finish_evaluation(started.id)
         store.set_status(job.id, "finished")
@@ -93,6 +129,11 @@ def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
                 rows.append(row | own | {"b": b, "mean": b, "lambdas": [b] * nfe})
         connection.execute(job_table.insert(), job_rows)
         connection.execute(evaluation_table.insert(), rows)
+        if engine.dialect.name == "postgresql":
+            for table in ("lamtune_jobs", "lamtune_evaluations"):  # the next ids are behind ours
+                connection.exec_driver_sql(
+                    f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), (SELECT max(id) FROM {table}))"
+                )
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE")  # PostgreSQL does so by itself, some time later
     engine.dispose()
@@ -102,17 +143,17 @@ def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
     ]
 
 
-def plan(url: str, question: dict[str, Any]) -> list[str]:
-    """How the database answers every query behind `best`."""
+def plan(url: str, call: Callable[[Store], object]) -> list[str]:
+    """How the database answers every query behind a call."""
     asked: list[tuple[str, Any]] = []
 
     def listen(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.startswith("SELECT") and "lamtune_jobs" in statement + "lamtune_evaluations":
+        if statement.startswith("SELECT") and re.search("lamtune_(jobs|evaluations)", statement):
             asked.append((statement, parameters))
 
     with open_store(url) as store:
         event.listen(Engine, "before_cursor_execute", listen)
-        store.best(**question)
+        call(store)
         event.remove(Engine, "before_cursor_execute", listen)
     engine = make_engine(parse(url))
     explain = "EXPLAIN QUERY PLAN" if engine.dialect.name == "sqlite" else "EXPLAIN ANALYZE"
@@ -124,6 +165,11 @@ def plan(url: str, question: dict[str, Any]) -> list[str]:
         ]
     engine.dispose()
     return lines
+
+
+def indexes(lines: Sequence[str]) -> list[str]:
+    """The indexes in a plan."""
+    return sorted(set(re.findall(r"\b(?:ix|uq|pk|sqlite_autoindex)_[a-z_0-9]+", "\n".join(lines))))
 
 
 @contextmanager
@@ -175,10 +221,8 @@ def times(port: int, paths: Sequence[str], at_once: int) -> list[float]:
         return [taken for part in parts for taken in part]
 
 
-def measure(url: str, trials: int, per_job: int, requests: int) -> dict[str, Any]:
-    """Milliseconds per request, and the plan of the queries."""
-    questions = fill(url, trials, per_job)
-    jobs = -(-trials // per_job)
+def ask_all(port: int, questions: Sequence[dict[str, Any]], jobs: int, requests: int) -> dict[str, Any]:
+    """Milliseconds per request of each kind. jobs: the first ones of the store, all with evaluations."""
     best = [f"/api/best?{urlencode(questions[i % len(questions)])}" for i in range(requests)]
     cases = {
         "health": (["/api/health"] * requests, 1),
@@ -186,50 +230,118 @@ def measure(url: str, trials: int, per_job: int, requests: int) -> dict[str, Any
         f"best, {AT_ONCE} at once": (best, AT_ONCE),
         "jobs, first page": (["/api/jobs"] * requests, 1),
         "jobs, last page": ([f"/api/jobs?before_id={min(jobs, 50) + 1}"] * requests, 1),
-        "a job's history": ([f"/api/jobs/{1 + i % jobs}" for i in range(requests)], 1),
+        "a job's first page": ([f"/api/jobs/{1 + i % jobs}" for i in range(requests)], 1),
     }
-    result: dict[str, Any] = {}
+    result = {}
+    for name, (paths, at_once) in cases.items():
+        taken = sorted(1000 * t for t in times(port, paths, at_once))
+        result[name] = {"median_ms": statistics.median(taken), "p95_ms": taken[int(0.95 * len(taken))]}
+    return result
+
+
+def ask_while_busy(url: str, jobs: int, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run so many jobs, ask while all of them search, and wait for their end.
+
+    Raises AssertionError where one ended before everything was asked, failed, or has not left all its results.
+    """
+    models = [f"busy-{number}" for number in range(jobs)]
+    with ExitStack() as stack, open_store(url) as store:
+
+        def trials() -> int:
+            return sum(len(store.evaluations(job.id)) for m in models for job in store.jobs(model=m))
+
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cluster = RayCluster({"LAMTUNE_CACHE": str(folder)})
+        stack.callback(cluster.stop)
+        until(lambda: cluster.living() == 1)
+        cluster.add(cpus=jobs)
+        until(lambda: cluster.living() == 2)
+        drivers = []
+        for number in range(jobs):
+            file = folder / f"{number}.yaml"
+            file.write_text(yaml.safe_dump(busy_job(number)))
+            log = folder / f"{number}.log"
+            drivers.append(cluster.drive("submit", str(file), log=log, LAMTUNE_STORE=url))
+            stack.callback(drivers[-1].kill)
+
+        def ended() -> int:
+            for number, one in enumerate(drivers):
+                assert not one.poll(), (folder / f"{number}.log").read_text()
+            return sum(one.poll() is not None for one in drivers)
+
+        until(lambda: ended() or all(store.jobs(model=m, status="running") for m in models), 300)
+        before, began = trials(), time.monotonic()
+        found = ask()
+        after, asked_s = trials(), time.monotonic() - began
+        assert not ended(), "a job ended before everything was asked"
+        until(lambda: ended() == jobs, 900)
+        for model, nfe in product(models, BUSY_NFES):
+            assert store.best(model=model, dataset="digits", nfe=nfe).status == "finished"
+        return {"trials": trials(), "trials_meanwhile": after - before, "asked_s": asked_s, "times": found}
+
+
+def measure(url: str, trials: int, per_job: int, jobs: int, requests: int) -> dict[str, Any]:
+    """The times, and the plans of the queries."""
+    questions = fill(url, trials, per_job)
+    filled = -(-trials // per_job)
+    result: dict[str, Any] = {"trials": trials, "filled_jobs": filled, "jobs": jobs, "requests": requests}
     with served(url) as port:
-        for name, (paths, at_once) in cases.items():
-            taken = sorted(1000 * t for t in times(port, paths, at_once))
-            result[name] = {"median_ms": statistics.median(taken), "p95_ms": taken[int(0.95 * len(taken))]}
-    lines = plan(url, questions[len(questions) // 2])
-    used = sorted(set(re.findall(r"\b(?:ix|uq|pk|sqlite_autoindex)_[a-z_0-9]+", "\n".join(lines))))
-    return {
-        "trials": trials,
-        "jobs": jobs,
-        "requests": requests,
-        "times": result,
-        "indexes": used,
-        "plan": lines,
+
+        def ask() -> dict[str, Any]:
+            return ask_all(port, questions, filled, requests)
+
+        result["alone"] = ask()
+        if jobs:
+            result["busy"] = ask_while_busy(url, jobs, ask)
+    calls: dict[str, Callable[[Store], object]] = {
+        "best": lambda store: store.best(**questions[len(questions) // 2]),
+        "jobs": lambda store: store.jobs(before_id=filled // 2),
+        "a job's page": lambda store: store.evaluations(filled // 2, limit=50, after_number=2),
     }
+    plans = {name: plan(url, call) for name, call in calls.items()}
+    return result | {"plans": plans, "indexes": {name: indexes(lines) for name, lines in plans.items()}}
 
 
 def main() -> None:
-    """Print the table and the plan, or JSON."""
+    """Print the tables and the plans, or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--store", metavar="URL", help="an empty database (default: a SQLite file for this run)"
-    )
+    parser.add_argument("--store", metavar="URL", help="an empty database, which stays filled")
     parser.add_argument("--trials", type=int, default=10_000, help="finished trials (default 10000)")
     parser.add_argument("--per-job", type=int, default=25, help="trials of each job (default 25)")
+    parser.add_argument("--jobs", type=int, default=8, help="jobs that run (default 8)")
     parser.add_argument("--requests", type=int, default=300, help="requests of each kind (default 300)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        url = arguments.store or f"sqlite:///{folder}/store.db"
-        found = measure(url, arguments.trials, arguments.per_job, arguments.requests)
+    with ExitStack() as stack:
+        url = arguments.store
+        if url is None:
+            server = stack.enter_context(postgresql())
+            url = new_database(server.url).render_as_string(hide_password=False)
+        found = measure(url, arguments.trials, arguments.per_job, arguments.jobs, arguments.requests)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    print(f"{found['trials']:,} trials in {found['jobs']:,} jobs, {found['requests']} requests of each kind")
-    print(f"  {'':18} {'median':>8}   {'p95':>8}")
-    for name, taken in found["times"].items():
-        print(f"  {name:18} {taken['median_ms']:8.1f}   {taken['p95_ms']:8.1f} ms")
-    print(f"indexes behind best: {', '.join(found['indexes']) or 'none'}\n")
-    print("\n".join(found["plan"]))
+    print(
+        f"{found['trials']:,} trials in {found['filled_jobs']:,} jobs, {found['requests']} requests of each kind"
+    )
+    columns = {"alone": found["alone"]}
+    if "busy" in found:
+        busy = found["busy"]
+        columns[f"beside {found['jobs']} jobs"] = busy["times"]
+        print(
+            f"{found['jobs']} jobs of {len(BUSY_NFES)} NFE: {busy['trials']} trials, "
+            f"{busy['trials_meanwhile']} of them in the {busy['asked_s']:.0f} s of asking; each has its result"
+        )
+    print(f"  {'':20}" + "".join(f"{name:>20}" for name in columns))
+    print(f"  {'':20}" + f"{'median':>10}{'p95':>10}" * len(columns))
+    for name in found["alone"]:
+        cells = [column[name] for column in columns.values()]
+        print(f"  {name:20}" + "".join(f"{c['median_ms']:10.1f}{c['p95_ms']:10.1f}" for c in cells) + " ms")
+    for name, lines in found["plans"].items():
+        print(f"\nindexes behind {name}: {', '.join(found['indexes'][name]) or 'none'}\n")
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ def publish(store: Store, job_id: int) -> None:
     from optuna_dashboard import save_note, save_plotly_graph_object
 
     found = findings.of_job(store, job_id)
-    study = optuna.load_study(study_name=found.job.study_name, storage=store.optuna_storage())
-    save_note(study, note(found))
-    for plot in found.plots:
-        save_plotly_graph_object(study, _Json(plotly(plot)), graph_object_id=plot.key)
+    with store.errors():
+        study = optuna.load_study(study_name=found.job.study_name, storage=store.optuna_storage())
+        save_note(study, note(found))
+        for plot in found.plots:
+            save_plotly_graph_object(study, _Json(plotly(plot)), graph_object_id=plot.key)
 
 
 def keep(store: Store, found: Diagnosis) -> Job | None:

@@ -4,7 +4,6 @@ All that happens on a GPU happens here. Knows nothing of Ray, Optuna or SQL; `se
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -62,13 +61,12 @@ def accelerator() -> torch.device:
 
 
 class Sampled(NamedTuple):
-    """What a range of images leaves: moments and features in the order of ids, how many images were not in the cache,
-    and the seconds that it took."""
+    """What a range of images leaves: moments and features in the order of ids, and how many images were not in the
+    cache."""
 
     moments: Moments
     features: Features
     computed: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +155,6 @@ class Evaluator:
         from and left in this host's cache. Raises NonFiniteError, and InputError for parameters that the solver
         cannot take.
         """
-        began = time.perf_counter()
         sampler = self._sampler(sampling, self.seed if seed is None else seed, parameters)
         cache = FeatureCache(key) if key is not None else None
         edges = [start, *range((start // BLOCK + 1) * BLOCK, stop, BLOCK), stop]
@@ -185,7 +182,7 @@ class Evaluator:
                         cache.save(a // BLOCK, features.cpu().numpy())
         whole = torch.cat(parts)
         moments = Moments.of(whole).to("cpu")
-        return Sampled(moments, whole.cpu().numpy(), computed, time.perf_counter() - began)
+        return Sampled(moments, whole.cpu().numpy(), computed)
 
     def _sampler(self, sampling: Solver, seed: int, parameters: Mapping[str, float] | None = None) -> Sampler:
         return Sampler(

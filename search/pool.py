@@ -6,7 +6,7 @@ Room is on this machine, or on a Ray cluster that several jobs share. Knows noth
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from objectives.reference import Reference
 from samplers.errors import InputError, LamtuneError
+from search import blocks
 from search.evaluator import BLOCK
 from search.spec import JobSpec
 from search.tuner import Workers
@@ -140,14 +141,19 @@ def check_files(spec: JobSpec, nodes: Sequence[Node], files: Mapping[str, Path])
     files: key in the job → file or folder; files must have the same size. Takes no resources of the nodes.
     """
     here = {key: (str(path), path.stat().st_size if path.is_file() else None) for key, path in files.items()}
-    answers = []
-    for node in suitable(spec, nodes):
-        there = NodeAffinitySchedulingStrategy(str(node.id), soft=False)
-        look = ray.remote(_unseen).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        answers.append((node, look.remote(here)))
+    answers = [(node, look.remote(here)) for look, node in _everywhere(_unseen, spec, nodes)]
     problems = [f"{text} (node {node.name})" for node, answer in answers for text in ray.get(answer)]
     if problems:
         raise InputError("\n".join([*problems, "all nodes must see the same files under the same paths"]))
+
+
+def _everywhere(
+    function: Callable[..., object], spec: JobSpec, nodes: Sequence[Node]
+) -> Iterator[tuple[Any, Node]]:
+    """A function to be called on each node that may get a worker, without taking resources of it."""
+    for node in suitable(spec, nodes):
+        there = NodeAffinitySchedulingStrategy(str(node.id), soft=False)
+        yield ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=there), node
 
 
 def _unseen(files: Mapping[str, tuple[str, int | None]]) -> list[str]:
@@ -162,6 +168,16 @@ def _unseen(files: Mapping[str, tuple[str, int | None]]) -> list[str]:
                 f"{key}: {text}: {path.stat().st_size:,} bytes, and {size:,} where the job was started"
             )
     return problems
+
+
+def trim_caches(spec: JobSpec, nodes: Sequence[Node]) -> None:
+    """Have each host on which workers may run keep its cache of features within its limit; see `blocks.trim`."""
+    if nodes[0].id is None:
+        blocks.trim()
+        return
+    # Nobody waits for it, or minds where it fails.
+    for trim, _ in _everywhere(blocks.trim, spec, nodes):
+        trim.remote()
 
 
 def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resources: Resources) -> Workers:

@@ -30,7 +30,7 @@ from objectives.metrics import check, need_real
 from objectives.reference import Reference, has_images
 from samplers.errors import InputError, LamtuneError
 from samplers.sampling import Solver
-from search import blocks, dashboard, planning, pool, tuner
+from search import dashboard, planning, pool, tuner
 from search.evaluator import Evaluator, accelerator, precision
 from search.ms_eps import Complete, complete
 from search.planning import Start
@@ -108,7 +108,7 @@ def _submit(
         reference, fingerprint = evaluator.reference, evaluator.model.fingerprint
         del evaluator  # the workers hold their own
         if todo:
-            blocks.trim()
+            pool.trim_caches(spec, nodes)
             _run(store, spec, reference, fingerprint, todo, resources, console)
         for job in jobs:
             best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
@@ -278,7 +278,7 @@ def _start(store: Store, spec: JobSpec, number: int) -> Start | None:
     job = store.job(number)
     if job.warm_start is not None:
         return Start(**job.warm_start)
-    if not spec.search.warm_start or store.evaluations(number):
+    if not spec.search.warm_start or store.evaluations(number, limit=1):
         return None
     start = warm_start(store, job)
     if start is not None:

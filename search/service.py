@@ -17,6 +17,7 @@ import uvicorn
 from a2wsgi import WSGIMiddleware
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security.http import HTTPBase
 from optuna_dashboard import wsgi
@@ -48,6 +49,8 @@ _NOTHING_RUNS = (
 # What a database can hold and compare: text without NUL, whole numbers of 32 bits.
 _Name = Annotated[str, Query(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
 _Id = Annotated[int, Query(ge=1, lt=2**31)]
+_Number = Annotated[int, Query(ge=0, lt=2**31)]
+_Limit = Annotated[int, Query(ge=1, le=_LARGEST_PAGE)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class JobHistory:
-    """A job and every schedule that it tried, by ascending number; influences are base64."""
+    """A job and a page of the schedules that it tried, by ascending number; influences are URL-safe base64."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="base64")
 
@@ -136,7 +139,7 @@ def create_app(store: Store, token: str | None) -> ASGIApp:
         redoc_url=None,
     )
     app.add_api_route(HEALTH, _health, methods=["GET"])
-    app.include_router(_routes(store), dependencies=schemes if token is not None else None)
+    app.include_router(_routes(store), dependencies=[Depends(_once), *(schemes if token is not None else ())])
     app.add_exception_handler(LamtuneError, _problem)
     app.mount("/", cast(ASGIApp, WSGIMiddleware(wsgi(store.optuna_storage(), Pictures(store)))))
     return Guard(app, token)
@@ -149,6 +152,15 @@ def _health() -> Health:
 
 def _problem(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 404 if isinstance(error, NotInStore) else 503)
+
+
+def _once(request: Request) -> None:
+    """Refuse a parameter that is given more than once: the last one would count, silently."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestValidationError(
+            [{"type": "repeated", "loc": ("query", name), "msg": "given more than once"} for name in repeated]
+        )
 
 
 def _routes(store: Store) -> APIRouter:
@@ -174,7 +186,7 @@ def _routes(store: Store) -> APIRouter:
 
     @routes.get("/jobs")
     def jobs(
-        limit: Annotated[int, Query(ge=1, le=_LARGEST_PAGE)] = _PAGE,
+        limit: _Limit = _PAGE,
         before_id: _Id | None = None,
         model: _Name | None = None,
         dataset: _Name | None = None,
@@ -184,9 +196,13 @@ def _routes(store: Store) -> APIRouter:
         return store.jobs(model=model, dataset=dataset, status=status, limit=limit, before_id=before_id)
 
     @routes.get("/jobs/{job_id}", responses=missing)
-    def job(job_id: Annotated[int, InPath(ge=1, lt=2**31)]) -> JobHistory:
-        """One job and every schedule that it tried."""
-        return JobHistory(store.job(job_id), store.evaluations(job_id))
+    def job(
+        job_id: Annotated[int, InPath(ge=1, lt=2**31)],
+        limit: _Limit = _PAGE,
+        after_number: _Number | None = None,
+    ) -> JobHistory:
+        """One job and the schedules that it tried; for the next page give the last one's number as `after_number`."""
+        return JobHistory(store.job(job_id), store.evaluations(job_id, limit, after_number))
 
     return routes
 

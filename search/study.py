@@ -80,6 +80,11 @@ def point_of(evaluation: Evaluation, job: Job) -> Point:
     )
 
 
+def _interrupted(evaluation: Evaluation) -> bool:
+    """Whether it failed by no fault of its own."""
+    return (evaluation.error or "").startswith(_INTERRUPTED)
+
+
 @dataclass(slots=True)
 class _Running:
     evaluation: Evaluation
@@ -116,6 +121,7 @@ class Search:
         self._metrics = frozenset(metrics)
         self._running: dict[str, _Running] = {}
         self._losses = 0
+        self._expected: int | None = None  # as the study has it
         self._tried = {
             one.number: one for one in store.evaluations(job.id)
         }  # this process alone writes to them
@@ -160,7 +166,7 @@ class Search:
     def _history(self) -> list[Point]:
         found = []
         for number, evaluation in self._tried.items():
-            if not (evaluation.error or "").startswith(_INTERRUPTED):
+            if not _interrupted(evaluation):
                 if number not in self._points:
                     self._points[number] = point_of(evaluation, self._job)
                 found.append(self._points[number])
@@ -194,7 +200,9 @@ class Search:
                 continue
             self._running[trial_id] = running
             expected = self._strategy.expected_trials(history)
-            self._storage.set_study_user_attr(self._study, EXPECTED, expected)
+            if expected != self._expected:
+                self._storage.set_study_user_attr(self._study, EXPECTED, expected)
+                self._expected = expected
             self._watcher.started(running.evaluation, images, expected)
             # A race shares its error among the job's rungs, so it looks at no others.
             rungs = self._rungs if candidate.fresh else self._all_rungs
@@ -387,4 +395,10 @@ class Search:
             raise LamtuneError(
                 "no schedule has a finite distance, not even λ = 1: check the model and its flags, "
                 "and try model.precision: float32"
+            )
+        confirming = [e for e in self._tried.values() if e.phase == CONFIRM and not _interrupted(e)]
+        if confirming and all(e.state == "failed" for e in confirming):
+            raise LamtuneError(
+                "nothing could be confirmed on fresh random numbers, so the search has no result; the last attempt "
+                f"failed: {confirming[-1].error}"
             )

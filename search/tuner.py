@@ -32,6 +32,7 @@ _IN_FLIGHT = 2
 _BLOCK = 250  # images of a block of the cache, as in `search.evaluator`, which imports torch
 _LOSSES = 3  # how often a call may die with its worker, a worker while it loads, or results with their node
 _ALONE_S = 600.0  # how long a search without any worker waits for one
+_DIED = "its Tune process was killed; Ray does so itself where a machine has too little memory left"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class Progress:
     images: int
     distance: float | None
     computed: int  # images that were sampled for it, and not taken from a cache
-    seconds: float  # accelerator-seconds of all workers so far
+    seconds: float  # so far; see `storage.Evaluation`
     influence: Influence | None = None
     metrics: Mapping[str, float] | None = None
     picture: bytes | None = None
@@ -182,7 +183,7 @@ class Trial(tune.Trainable):
             reference = self._wait()
             worker, call = self._pending[reference]
             try:
-                value = ray.get(reference)
+                value, seconds = ray.get(reference)
             except ray.exceptions.RayActorError as error:
                 self._lost(worker, error)
                 continue
@@ -193,14 +194,13 @@ class Trial(tune.Trainable):
                 continue
             del self._pending[reference]
             self._load[worker] -= 1
+            self._seconds += seconds
             if call.kind == "sample":
                 moments, features = self._made.pop(call.start)
-                computed, seconds = value
                 self._moments[call.start] = call.stop, moments
                 self._features[call.start] = worker, call.stop, features
                 self._images += call.stop - call.start
-                self._computed += computed
-                self._seconds += seconds
+                self._computed += value
                 self._measure()
                 return self._result()
             if call.kind == "conclude":
@@ -288,7 +288,8 @@ class Trial(tune.Trainable):
             self._load[worker] += 1
 
     def _call(self, worker: Any, call: _Call) -> Any:
-        """Call a worker; the reference of what is to be fetched, the rest stays where it was made."""
+        """Call a worker; the reference of what is to be fetched (a value, and the seconds that it took), the rest stays
+        where it was made."""
         if call.kind == "sample":
             config = self._config
             *self._made[call.start], cost = worker.sample.options(num_returns=3).remote(
@@ -300,8 +301,7 @@ class Trial(tune.Trainable):
             parts = [self._moments[start][1] for start in sorted(self._moments) if start < call.stop]
             if self._total is not None:
                 parts.insert(0, self._total)
-            total, distance, sensitivity = worker.merge.options(num_returns=3).remote(*parts)
-            self._sum = [total, sensitivity]
+            *self._sum, distance = worker.merge.options(num_returns=3).remote(*parts)
             return distance
         if call.kind == "score":
             return worker.score.remote(*self._features_of(call.stop))
@@ -451,7 +451,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        self._loop.complete(trial_id, "its Tune process died" if error else None)
+        self._loop.complete(trial_id, _DIED if error else None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes its experiment to disk; the SQL store is the only truth
@@ -498,7 +498,7 @@ def run_trials(loop: SearchLoop, workers: Workers, sampling: object, unit: int) 
     workers: every trial uses all of them, as they come. sampling: passed on to their `sample`. unit: images per call.
     """
     kept = _Kept(loop)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a process that dies is ours to tell of
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Tune's own handler of Ctrl-C ends the run as if it were over; ours must see that it is not.

@@ -1,13 +1,14 @@
 """A sampler worker: the Ray actor that holds an Evaluator.
 
-Knows nothing of trials, strategies or the store: it answers calls for ranges of images. Imports nothing heavy before
-it is made: whoever gets a handle of it loads this module too, and a trial that would import torch for that starts
-seconds later.
+Knows nothing of trials, strategies or the store: it answers calls, and says how many seconds each took. Imports nothing
+heavy before it is made: whoever gets a handle of it loads this module too, and a trial that would import torch for that
+starts seconds later.
 """
 
 from __future__ import annotations  # a handle brings the signatures along
 
 import platform
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,14 +71,17 @@ class SamplerWorker:
         key: str,
     ) -> tuple[Moments, Features, tuple[int, float]]:
         """See Evaluator.sample; the last item is the number of images that were computed, and the seconds."""
-        moments, features, computed, seconds = self._evaluator.sample(
+        began = time.perf_counter()
+        moments, features, computed = self._evaluator.sample(
             sampling, schedule, start, stop, seed=seed, parameters=parameters, key=key
         )
-        return moments, features, (computed, seconds)
+        return moments, features, (computed, time.perf_counter() - began)
 
-    def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
-        """See Evaluator.merge."""
-        return self._evaluator.merge(*parts)
+    def merge(self, *parts: Moments) -> tuple[Moments, Sensitivity, tuple[float, float]]:
+        """See Evaluator.merge; the last item is the distance, and the seconds."""
+        began = time.perf_counter()
+        total, distance, sensitivity = self._evaluator.merge(*parts)
+        return total, sensitivity, (distance, time.perf_counter() - began)
 
     def conclude(
         self,
@@ -86,21 +90,26 @@ class SamplerWorker:
         seed: int,
         parameters: Mapping[str, float],
         *parts: Features,
-    ) -> tuple[dict[str, float], bytes]:
-        """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator.
+    ) -> tuple[tuple[dict[str, float], bytes], float]:
+        """The job's metrics of an evaluation, from its features in the order of ids, and a picture; see Evaluator. And
+        the seconds.
 
         Where the search minimises something else, the Fréchet distance is one of them.
         """
         from search.spec import FRECHET
 
+        began = time.perf_counter()
         names = self._spec.metrics if self._spec.objective == FRECHET else (FRECHET, *self._spec.metrics)
         metrics = self._evaluator.metrics(names, self._real_for(self._spec.metrics), parts) if names else {}
-        return metrics, self._evaluator.picture(sampling, schedule, seed, parameters)
+        picture = self._evaluator.picture(sampling, schedule, seed, parameters)
+        return (metrics, picture), time.perf_counter() - began
 
-    def score(self, *parts: Features) -> tuple[float, NDArray[np.float64] | None]:
-        """The job's objective, from features in the order of ids; see Evaluator."""
+    def score(self, *parts: Features) -> tuple[tuple[float, NDArray[np.float64] | None], float]:
+        """The job's objective, from features in the order of ids, see Evaluator; and the seconds."""
+        began = time.perf_counter()
         objective = self._spec.objective
-        return self._evaluator.score(objective, self._real_for((objective,)), parts)
+        found = self._evaluator.score(objective, self._real_for((objective,)), parts)
+        return found, time.perf_counter() - began
 
     def _real_for(self, names: Collection[str]) -> Real | None:
         """The real images' features, which the driver has cached, where a metric needs them; loaded once."""
@@ -111,6 +120,7 @@ class SamplerWorker:
             self._real = Real.of(features.to(self._device))
         return self._real
 
-    def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
-        """See Evaluator.influences."""
-        return self._evaluator.influences(sensitivity, features)
+    def influences(self, sensitivity: Sensitivity, features: Features) -> tuple[NDArray[np.float64], float]:
+        """See Evaluator.influences; and the seconds."""
+        began = time.perf_counter()
+        return self._evaluator.influences(sensitivity, features), time.perf_counter() - began

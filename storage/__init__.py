@@ -8,7 +8,7 @@ For programs, the command line included:
         found = store.best(model="adm-cifar10", dataset="cifar10", nfe=20)
         print(found.k, found.b, found.lambdas)          # a frozen `Best`; NotInStore where there is none
         for job in store.jobs(model="adm-cifar10"):     # newest first, by pages
-            history = store.evaluations(job.id)         # every schedule that the job tried
+            history = store.evaluations(job.id)         # every schedule that the job tried; pages too
 
 Knows nothing of torch, images or strategies.
 """

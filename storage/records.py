@@ -22,6 +22,12 @@ STALE_S = 20.0
 """A running job whose last sign of life is older, in seconds, has lost its process."""
 
 
+def alive(sign: datetime, now: datetime, stale_after: float) -> bool:
+    """Whether a last sign of life is younger than `stale_after` seconds. One that lies as far in the future is none:
+    that clock was wrong."""
+    return abs((now - sign).total_seconds()) <= stale_after
+
+
 def _check_text(**values: str) -> None:
     for key, value in values.items():
         if not value.strip():
@@ -137,8 +143,9 @@ class Evaluation:
     `number`: of Optuna's trial. `k`, `b`: λ_t = k·t + b, both None for a free list. `lambdas[t]`: λ of
     network evaluation t, t = 0 the cleanest. `rungs`: image count → Fréchet distance there, ascending;
     `images` and `distance` are the last of them (0 and None before the first). `network_evaluations`: images
-    × NFE paid so far. `seconds`: accelerator-seconds paid so far. A complete evaluation has a finite
-    distance; a pruned one was stopped at its last rung.
+    × NFE paid so far. `seconds`: device time, what all workers together have worked for it so far, from the images to
+    distances, influences, metrics and picture; not what they waited, loaded, or had begun when they died. A complete
+    evaluation has a finite distance; a pruned one was stopped at its last rung.
 
     `parameters`: options of the solver that were tried in place of the job's. `seed`: of its random numbers.
     `standard_error`: of `distance`. `gain`: the distance of λ = 1 minus this one at the same images and seed, with

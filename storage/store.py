@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import SequenceMatcher
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -27,7 +28,7 @@ from storage import upgrade
 from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe, wait_for
 from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.lock import only_writer
-from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob
+from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob, alive
 from storage.tables import DiagnosisRow, EvaluationRow, EvaluatorRow, JobRow, PictureRow
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class Store:
     def __init__(self, url: URL, patience: float = 0.0) -> None:
         self._url, self._patience = url, patience
         self._attempts: dict[int, int] = {}  # of the jobs that were claimed here
+        self._optuna: RDBStorage | None = None
+        self._making_optuna = Lock()
         self._readers = make_engine(url)
         self._writers = self._readers.execution_options(write=True)
         try:
@@ -127,8 +130,10 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close all connections; Optuna storages from this store stay usable."""
+        """Close all connections; what was got from `optuna_storage` stays usable."""
         self._readers.dispose()
+        if self._optuna is not None:
+            self._optuna.engine.dispose()
 
     def only_writer(self) -> AbstractContextManager[None]:
         """Hold the store while a search writes to it; see `lock.only_writer`."""
@@ -240,6 +245,17 @@ class Store:
             )
         return row
 
+    def _sign_of_life(self, session: Session, job_id: int) -> None:
+        """Note that a job lives, in one statement; raises as `_own_job`."""
+        attempt = self._attempts.get(job_id, JobRow.attempt)
+        mine = update(JobRow).where(JobRow.id == job_id, JobRow.attempt == attempt)
+        noted = session.execute(
+            mine.values(updated_at=datetime.now(UTC)).execution_options(synchronize_session=False)
+        )
+        assert isinstance(noted, CursorResult)
+        if not noted.rowcount:
+            self._own_job(session, job_id)
+
     def job(self, job_id: int) -> Job:
         """One job; NotInStore if there is none with that id."""
         with self._session() as session:
@@ -306,14 +322,13 @@ class Store:
         """Make the caller the job's one writer, and the job running; False if another process holds it.
 
         A running job is held while its last sign of life (`Job.updated_at`) is younger than `stale_after`
-        seconds, so call `heartbeat` more often than that; one that is being cancelled, until its process has said so.
-        A sign of life that lies as far in the future counts as little: that clock was wrong. One statement decides, so
-        of two callers one gets the job; who held it before can no longer write to it (TakenOver). NotInStore if there
-        is no such job.
+        seconds (see `records.alive`), so call `heartbeat` more often than that; one that is being cancelled, until its
+        process has said so. One statement decides, so of two callers one gets the job; who held it before can no longer
+        write to it (TakenOver). NotInStore if there is no such job.
         """
         now, silence = datetime.now(UTC), timedelta(seconds=stale_after)
-        alive = JobRow.updated_at.between(now - silence, now + silence)
-        free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & alive))
+        lives = JobRow.updated_at.between(now - silence, now + silence)  # `records.alive`, in SQL
+        free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & lives))
         with self._session(write=True) as session:
             self._job(session, job_id)
             taken = session.execute(
@@ -338,14 +353,9 @@ class Store:
             row = self._job(session, job_id)
             if row.finished_at is not None:
                 raise LamtuneError(f"job {job_id} is {row.status} already")
-            alive = row.status in ("running", "cancelled") and row.updated_at >= now - timedelta(
-                seconds=stale_after
-            )
-            row.status, row.error, row.finished_at = (
-                "cancelled",
-                "cancelled on request",
-                None if alive else now,
-            )
+            held = row.status in ("running", "cancelled") and alive(row.updated_at, now, stale_after)
+            row.status, row.error = "cancelled", "cancelled on request"
+            row.finished_at = None if held else now
             session.flush()
             return row.record()
 
@@ -423,7 +433,7 @@ class Store:
                     f"evaluation {row.number} of job {row.job_id} is {row.state} and cannot change any more"
                 )
             yield row
-            self._own_job(session, row.job_id).updated_at = datetime.now(UTC)
+            self._sign_of_life(session, row.job_id)
             session.flush()
 
     def report_rung(
@@ -479,16 +489,19 @@ class Store:
             row.state, row.error, row.finished_at = "failed", error, datetime.now(UTC)
         return row.record()
 
-    def evaluations(self, job_id: int) -> tuple[Evaluation, ...]:
-        """A job's evaluations by ascending number; NotInStore if there is no such job."""
+    def evaluations(
+        self, job_id: int, limit: int | None = None, after_number: int | None = None
+    ) -> tuple[Evaluation, ...]:
+        """A job's evaluations by ascending number, all of them or at most `limit`; NotInStore if there is no such job.
+
+        For the next page give the last one's number as `after_number`.
+        """
+        query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
+        if after_number is not None:
+            query = query.where(EvaluationRow.number > after_number)
         with self._session() as session:
             self._job(session, job_id)
-            return self._tried(session, job_id)
-
-    @staticmethod
-    def _tried(session: Session, job_id: int) -> tuple[Evaluation, ...]:
-        query = select(EvaluationRow).where(EvaluationRow.job_id == job_id).order_by(EvaluationRow.number)
-        return tuple(row.record() for row in session.scalars(query))
+            return tuple(row.record() for row in session.scalars(query.limit(limit)))
 
     def known(self, key: str, images: int) -> Evaluation | None:
         """An evaluation of any job that has measured what `key` names, on so many images or more; None: there is none.
@@ -718,10 +731,17 @@ class Store:
     # ---- Optuna
 
     def optuna_storage(self) -> "RDBStorage":
-        """A new Optuna storage on this database, its tables made if need be; ours are not touched.
+        """The Optuna storage on this database, its tables made if need be; ours are not touched.
 
-        InputError where another version of Optuna made its tables; LamtuneError where the database fails.
+        One for all who ask, so that many jobs leave a server's connections to others. InputError where another version
+        of Optuna made its tables; LamtuneError where the database fails.
         """
+        with self._making_optuna:
+            if self._optuna is None:
+                self._optuna = self._new_optuna_storage()
+            return self._optuna
+
+    def _new_optuna_storage(self) -> "RDBStorage":
         from optuna.exceptions import StorageInternalError  # heavy, and only a search needs it
         from optuna.storages import RDBStorage
 

@@ -424,7 +424,7 @@ def postgresql_database(postgresql_server: URL) -> Iterator[Engine]:
     """A database of our own in that server."""
     url = new_database(postgresql_server)
     server = create_engine(postgresql_server, isolation_level="AUTOCOMMIT")
-    database = create_engine(url)
+    database = create_engine(url, pool_pre_ping=True)  # tests may end its connections
     yield database
     database.dispose()
     with server.connect() as connection:

@@ -4,6 +4,7 @@ No image is built. A service gets the command and the environment of its file; o
 network become those of this machine.
 """
 
+import json
 import os
 import re
 import shutil
@@ -141,11 +142,11 @@ class TestServices:
         assert environment["LAMTUNE_TOKEN"] not in log
         assert environment["PGPASSWORD"] not in log
 
-    def test_the_head_and_a_worker_make_a_cluster_that_wants_its_token(self, run, free_port, short_folder):
+    def test_the_head_and_its_workers_make_a_cluster_that_wants_its_token(self, run, free_port, short_folder):
         gcs, dashboard = str(free_port()), str(free_port())
         ports = {"6379": gcs, "ray-head": "127.0.0.1"}
         agents = {}
-        for name in ("ray-head", "worker-cpu"):
+        for name in ("ray-head", "worker-cpu", "worker-gpu"):
             command, environment, check = service(name)
             for old, new in ports.items():
                 command = [word.replace(old, new) for word in command]
@@ -184,6 +185,26 @@ class TestServices:
         right, wrong = asked.values()
         assert right.returncode == 0, right.stderr
         assert wrong.returncode != 0
+
+
+def test_what_an_image_does_by_itself_is_to_say_what_it_can(run):
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^CMD (.+)$", dockerfile, re.MULTILINE)
+    assert "ENTRYPOINT" not in dockerfile
+    assert run(json.loads(command), {}).wait(timeout=60) == 0
+
+
+def test_every_image_from_elsewhere_has_an_exact_version():
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    ours = {found["image"] for found in COMPOSE["services"].values() if "build" in found}
+    foreign = {found["image"] for found in COMPOSE["services"].values()} - ours
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", dockerfile, re.MULTILINE)
+    bases = set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) - set(stages)
+    (python,) = re.findall(r"^ARG PYTHON=(\S+)$", dockerfile, re.MULTILINE)
+    assert bases == {"python:${PYTHON}"}
+    for image in (*foreign, f"python:{python}"):
+        assert re.fullmatch(r"[a-z]+:\d+\.\d+(\.\d+)?-[a-z-]+", image), image
+    assert {c["image"] for pod in pods() for c in pod["containers"]} == ours
 
 
 def test_no_secret_stands_in_a_file_and_none_has_a_default():

@@ -58,7 +58,13 @@ def local_ray(cache):
 
 
 @pytest.fixture(scope="session")
-def two_nodes(postgresql_database, tmp_path_factory):
+def worker_cache(tmp_path_factory):
+    """The folder of caches of the worker of `two_nodes`, as if it were another host."""
+    return tmp_path_factory.mktemp("worker")
+
+
+@pytest.fixture(scope="session")
+def two_nodes(postgresql_database, tmp_path_factory, worker_cache):
     """A Ray cluster of a head that works on nothing and a worker with the label zone=b and three processors.
 
     Its own LAMTUNE_STORE is the database of `postgresql_url`, password and all.
@@ -68,7 +74,7 @@ def two_nodes(postgresql_database, tmp_path_factory):
     cluster = RayCluster({"LAMTUNE_STORE": store, "LAMTUNE_CACHE": str(tmp_path_factory.mktemp("cache"))})
     try:
         until(lambda: cluster.living() == 1)
-        cluster.add(cpus=3)
+        cluster.add(cpus=3, LAMTUNE_CACHE=str(worker_cache))
         until(lambda: cluster.living() == 2)
         yield cluster
     finally:

@@ -1,8 +1,10 @@
 """search.cli: the words, exit codes and JSON keys that others build on."""
 
 import json
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from sqlalchemy import Engine, create_engine, event, make_url
 
 from search.cli import main
 from search.spec import load
@@ -195,6 +198,92 @@ def test_a_store_that_cannot_be_opened_exits_2_without_its_password(tmp_path):
         assert "cannot be opened" in result.output
         assert "geheim" not in result.output
     assert run("jobs", "--store", f"sqlite:///{tmp_path}/no/folder/s.db").exit_code == 2
+
+
+def test_a_wrong_password_exits_2_and_is_not_shown(postgresql_url):
+    wrong = make_url(postgresql_url).set(password="geheim").render_as_string(hide_password=False)
+    for words in (["jobs"], ["cancel", "1"], ["resume", "1"], ["store", "check"]):
+        result = run(*words, "--store", wrong)
+        assert result.exit_code == 2
+        assert "password authentication failed" in result.output
+        assert "geheim" not in result.output
+
+
+def full(url):
+    """Nothing more fits into a SQLite file than some pages; call the result to have room again."""
+    with open_store(url) as store:
+        store.optuna_storage()
+    connection = sqlite3.connect(make_url(url).database)
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.close()
+
+    def limit(connection, _):
+        connection.execute(f"PRAGMA max_page_count = {pages + 3}")
+
+    event.listen(Engine, "connect", limit)
+    return lambda: event.remove(Engine, "connect", limit)
+
+
+def read_only(url):
+    """A PostgreSQL database can only be read once the first trial has ended; call the result to write again."""
+    ours = {"options": "-c default_transaction_read_only=off"}
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), connect_args=ours)
+
+    def switch(to):
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(
+                f"ALTER DATABASE {engine.url.database} SET default_transaction_read_only = {to}"
+            )
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+    def wait():
+        with open_store(url) as store:
+            while not any(e.state == "complete" for job in store.jobs() for e in store.evaluations(job.id)):
+                time.sleep(0.02)
+        switch("on")
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+
+    def undo():
+        waiting.join(timeout=60)
+        switch("off")
+        engine.dispose()
+
+    return undo
+
+
+@pytest.mark.usefixtures("local_ray", "forget")
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [("sqlite", full, "database or disk is full"), ("postgresql", read_only, "read-only transaction")],
+)
+def test_a_database_that_takes_no_more_ends_the_job_with_1_and_loses_nothing(
+    kind, spoil, message, request, tmp_path, monkeypatch
+):
+    url = request.getfixturevalue(f"{kind}_url")
+    monkeypatch.setattr(
+        "search.runner._STALE_S", -1.0
+    )  # who could not say that it ended holds the job for a while
+    job = JOB.format(nfe=5).replace("images: 64", "images: 4000, rungs: [1000]")
+    (tmp_path / "job.yaml").write_text(job)
+    mend = spoil(url)
+    try:
+        result = run("submit", tmp_path / "job.yaml", "--store", url)
+    finally:
+        mend()
+    assert result.exit_code == 1
+    assert message in result.output
+    with open_store(url) as store:
+        before = {e.number: e for e in store.evaluations(1) if e.state == "complete"}
+        assert run("submit", tmp_path / "job.yaml", "--store", url).exit_code == 0
+        after = {e.number: e for e in store.evaluations(1)}
+        assert store.job(1).status == "finished"
+    assert before.items() <= after.items()
+    assert 0 < len(before) < len([e for e in after.values() if e.state == "complete"])
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -69,8 +69,13 @@ def over(lamtune, name):
 
 
 def test_two_users_jobs_share_the_cluster_and_both_have_their_results(
-    lamtune, write, postgresql_url, two_nodes
+    lamtune, write, postgresql_url, two_nodes, worker_cache
 ):
+    old = worker_cache / "features" / "ab" / "abc"
+    old.mkdir(parents=True)
+    with (old / "0.npy").open("wb") as file:
+        file.truncate(9 * 2**30)  # more than the cache may hold, though it takes no room on the disk
+    os.utime(old, (1e9, 1e9))
     files = [write(f"{nfe}.yaml", sampling={"solver": "ddpm", "nfe": nfe}) for nfe in (3, 4)]
     began = time.monotonic()
     names = [lamtune("submit", file).output.strip() for file in files]
@@ -81,6 +86,8 @@ def test_two_users_jobs_share_the_cluster_and_both_have_their_results(
     for name in names:
         assert "SUCCEEDED" in until(lambda name=name: over(lamtune, name)), lamtune("logs", name).output
         assert "λ = 1 gives" in lamtune("logs", name).output
+    assert not old.exists()  # each host keeps its own cache within the limit
+    assert worker_cache.joinpath("features").exists()
     found = {}
     for nfe in (3, 4):
         words = ("best", "--model", "gauss", "--dataset", "digits", "--nfe", nfe, "--json")

@@ -16,8 +16,11 @@ import pytest
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._note import get_note
 from PIL import Image
+from sqlalchemy import Engine, event
 
+from samplers.errors import LamtuneError
 from search import dashboard, plots
+from storage import open_store
 
 ROOT = Path(__file__).parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,6 +46,23 @@ def test_a_study_gets_its_note_and_every_plot_and_renewing_replaces_them(store, 
             key: json.loads(json.dumps(dashboard.plotly(one))) for key, one in wanted.items()
         }
         dashboard.publish(store, published.id)
+
+
+def test_a_database_that_fails_meanwhile_is_a_lamtune_error(store, play, tmp_path):
+    job = play(store)
+
+    def limit(connection, _):
+        connection.execute("PRAGMA max_page_count = 1")  # what it has, and no more
+
+    event.listen(Engine, "connect", limit)
+    try:
+        with (
+            open_store(f"sqlite:///{tmp_path}/store.db") as again,
+            pytest.raises(LamtuneError, match=r"store\.db failed: .*full"),
+        ):
+            dashboard.publish(again, job.id)
+    finally:
+        event.remove(Engine, "connect", limit)
 
 
 def test_a_plots_panels_have_axes_of_their_own_and_all_of_its_points(store, published):

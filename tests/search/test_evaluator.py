@@ -62,7 +62,6 @@ def same(one: Sampled, other: Sampled) -> bool:
 def test_moments_are_those_of_the_features_in_the_order_of_images(job: tuple[JobSpec, Evaluator]) -> None:
     found = sample(job, 100, 400)
     assert (found.moments.n, len(found.features), found.computed) == (300, 300, 300)
-    assert found.seconds > 0
     expected = Moments.of(torch.from_numpy(found.features))
     assert torch.equal(found.moments.outer, expected.outer)
     assert np.array_equal(sample(job, 250, 300).features, found.features[150:200])

@@ -130,12 +130,36 @@ def test_a_job_comes_with_its_evaluations(client, store):
     assert client.get(f"/api/jobs/{job.id + 1}").status_code == 404
 
 
+def test_the_evaluations_of_a_job_page_forwards_through_all_of_them(client, store):
+    (job,) = store.jobs()
+    pages = []
+    while not pages or pages[-1]:
+        after = {"after_number": pages[-1][-1]} if pages else {}
+        answer = client.get(f"/api/jobs/{job.id}", params={"limit": 2} | after).json()
+        assert answer["job"]["id"] == job.id
+        pages.append([one["number"] for one in answer["evaluations"]])
+    assert pages == [[0, 1], [2], []]
+    for wrong in ("limit=0", "limit=501", "after_number=-1", f"after_number={2**31}"):
+        assert client.get(f"/api/jobs/{job.id}?{wrong}").status_code == 422
+
+
+def test_a_page_has_fifty_evaluations_unless_asked_for_another_number(client, store):
+    job = add_job(store, "long", **{f"b{100 + n}": 3.0 for n in range(60)})
+    assert len(client.get(f"/api/jobs/{job.id}").json()["evaluations"]) == 50
+    assert len(client.get(f"/api/jobs/{job.id}?limit=500").json()["evaluations"]) == 60
+
+
 @pytest.mark.parametrize(
     "query",
     ["nfe=0", f"nfe={2**31}", "nfe=2&model=", "nfe=2&model=a%00b", "nfe=2&model=" + "m" * 201, "nfe=x"],
 )
 def test_what_no_database_can_hold_is_422(client, query):
     assert client.get(f"/api/best?dataset=d&model=m&{query}").status_code == 422
+
+
+def test_a_parameter_that_is_given_twice_is_422_and_named(client):
+    answer = client.get("/api/jobs?limit=2&limit=3")
+    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["query", "limit"])
 
 
 def test_a_database_that_fails_is_503_without_its_password(postgresql_url):
@@ -360,6 +384,9 @@ def test_the_api_describes_its_paths_and_schemes(guarded):
         "bearer",
     }
     assert "security" not in document["paths"]["/api/health"]["get"]
+    pages = {"/api/jobs": {"limit", "before_id"}, "/api/jobs/{job_id}": {"limit", "after_number"}}
+    for path, names in pages.items():
+        assert names <= {parameter["name"] for parameter in document["paths"][path]["get"]["parameters"]}
     assert "distance" in document["components"]["schemas"]["Best"]["required"]
 
 

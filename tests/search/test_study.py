@@ -277,6 +277,19 @@ def test_a_search_without_any_distance_says_so(store, job):
         search.check()
 
 
+def test_a_search_of_which_nothing_could_be_confirmed_says_why(store, new_job):
+    job = new_job(confirm=IMAGES)
+    strategy = Confirmed(Listed(Candidate("baseline", 1, 0), Candidate("b", 1.01, 0)), IMAGES, 2)
+    search = search_in(store, job, strategy)
+    run(search, lambda config: math.nan if config.seed else bowl(config))
+    assert search.finished
+    assert {e.state for e in store.evaluations(job.id) if e.phase == CONFIRM} == {"failed"}
+    with pytest.raises(
+        LamtuneError, match=r"nothing could be confirmed .* failed: the distance at 40 .* nan"
+    ):
+        search.check()
+
+
 def test_a_search_that_was_stopped_in_between_says_so(store, job):
     search = search_in(store, job)
     run(search, stop_after=1)

@@ -1,9 +1,15 @@
 """search.tuner: trials hand out images over real Ray actors, rung by rung, and tell the loop what happens."""
 
+import logging
 import os
+import queue
+import threading
 import time
+from contextlib import suppress
+from logging.handlers import QueueHandler
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -21,7 +27,7 @@ class Counter:
 
     behaviour: `after`, a file without which it does not get ready; `cannot`, why it cannot load; `slow`, seconds a
     call; `log`, a file that gets a line per call; `dies`: the first image of calls that kill its process, unless the
-    file `once` exists, which it then makes; `fuse`, a file that it removes and dies when it is to tell influences.
+    file `once` exists, which it then makes; `fuse`, a file that it removes and dies in the call that is named in it.
     """
 
     def __init__(self, **behaviour):
@@ -50,15 +56,24 @@ class Counter:
         images = list(range(start, stop))
         return images, np.array(images, float), (len(images) - 1, 0.5)
 
+    def burn(self, call):
+        with suppress(FileNotFoundError), open(self.behaviour.get("fuse", "")) as fuse:
+            if fuse.read() == call:
+                os.remove(fuse.name)
+                os._exit(1)
+
     def merge(self, *parts):
+        self.burn("merge")
         together = [image for part in parts for image in part]
-        return together, float(together == list(range(len(together)))) * len(together), 1000.0
+        return together, 1000.0, (float(together == list(range(len(together)))) * len(together), 8.0)
 
     def influences(self, sensitivity, features):
-        if os.path.exists(fuse := self.behaviour.get("fuse", "")):
-            os.remove(fuse)
-            os._exit(1)
-        return sensitivity + features
+        self.burn("influences")
+        return sensitivity + features, 0.125
+
+    def conclude(self, sampling, schedule, seed, parameters, *parts):
+        self.burn("conclude")
+        return ({"images": sum(map(len, parts))}, b"PNG"), 0.0625
 
 
 class Loop:
@@ -67,15 +82,15 @@ class Loop:
     stop: schedule → the number of images at whose distance it is to be stopped.
     """
 
-    def __init__(self, *schedules, racing=False, stop=None, fails=None):
+    def __init__(self, *schedules, racing=False, measured=False, stop=None, fails=None):
         self.todo, self.running, self.told, self.ends = list(schedules), {}, [], []
-        self.racing, self.stop, self.fails = racing, stop or {}, fails
+        self.racing, self.measured, self.stop, self.fails = racing, measured, stop or {}, fails
 
     def next_trial(self, trial_id):
         if not self.todo or any(progress.fatal for _, progress in self.told):
             return None
         self.running[trial_id] = self.todo.pop(0)
-        return config(self.running[trial_id], self.racing)
+        return config(self.running[trial_id], self.racing, self.measured)
 
     @property
     def finished(self):
@@ -97,9 +112,15 @@ class Loop:
         return [p for s, p in self.told if s == schedule and p.distance is not None]
 
 
-def config(schedule, racing=False):
+def config(schedule, racing=False, measured=False):
     return TrialConfig(
-        schedule=schedule, parameters={"eta": 0.5}, seed=3, key="key", rungs=RUNGS, racing=racing
+        schedule=schedule,
+        parameters={"eta": 0.5},
+        seed=3,
+        key="key",
+        rungs=RUNGS,
+        racing=racing,
+        measured=measured,
     )
 
 
@@ -165,7 +186,9 @@ def test_a_trial_reports_each_rung_once_in_order_with_all_its_images_and_their_i
         calls = units(RUNGS, 7)
         seconds = [p.seconds for p in told]
         assert seconds == sorted(seconds)
-        assert (seconds[-1], told[-1].computed) == (0.5 * len(calls), 60 - len(calls))
+        asked = sum(stop <= end for end in RUNGS for _, _, stop in calls)  # for influences, at each rung anew
+        assert seconds[-1] == 0.5 * len(calls) + 8.0 * len(RUNGS) + 0.125 * asked
+        assert told[-1].computed == 60 - len(calls)
     assert loop.ends == [("a", None), ("b", None)]
 
 
@@ -209,16 +232,18 @@ def test_a_worker_that_dies_costs_its_calls_in_flight_and_works_again(workers, t
     assert len(sampled) - len(set(sampled)) <= tuner._IN_FLIGHT
 
 
-def test_a_worker_that_dies_between_its_images_and_their_influences_changes_nothing(workers, tmp_path):
-    (tmp_path / "fuse").touch()
-    loop = Loop("a", "b")
-    run(loop, workers({"fuse": str(tmp_path / "fuse")}, {}))
-    assert not (tmp_path / "fuse").exists()
+@pytest.mark.parametrize("call", ["merge", "influences", "conclude"])
+def test_a_worker_that_dies_after_its_images_changes_nothing(workers, tmp_path, call):
+    fuse = tmp_path / "fuse"
+    fuse.write_text(call)
+    loop = Loop("a", "b", measured=True)
+    run(loop, workers({"fuse": str(fuse)}, {"fuse": str(fuse)}))
+    assert not fuse.exists()
     for schedule in "ab":
-        assert [(p.images, p.distance) for p in loop.of(schedule)] == ALL
-        assert all(
-            np.array_equal(p.influence, block_means(1000.0 + np.arange(p.images))) for p in loop.of(schedule)
-        )
+        rungs = loop.of(schedule)
+        assert [(p.images, p.distance) for p in rungs] == ALL
+        assert all(np.array_equal(p.influence, block_means(1000.0 + np.arange(p.images))) for p in rungs)
+        assert [(p.metrics, p.picture) for p in rungs] == [(None, None)] * 2 + [({"images": 60}, b"PNG")]
 
 
 def test_a_trial_that_is_stopped_with_calls_in_flight_leaves_nothing_to_the_next(workers):
@@ -226,6 +251,25 @@ def test_a_trial_that_is_stopped_with_calls_in_flight_leaves_nothing_to_the_next
     run(loop, workers({}, {}, {}))
     assert [p.images for p in loop.of("a")] == [10]
     assert [(p.images, p.distance) for p in loop.of("b")] == ALL
+
+
+def test_a_trial_whose_own_process_is_killed_is_told_as_lost_without_a_traceback(workers):
+    def kill():
+        while True:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "".join(process.cmdline()).startswith("ray::ResourceTrainable"):
+                        return process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    loop, logged = Loop("a"), queue.SimpleQueue()
+    logging.getLogger("ray.tune").addHandler(handler := QueueHandler(logged))
+    run(loop, workers({"slow": 0.2}))
+    logging.getLogger("ray.tune").removeHandler(handler)
+    killer.join()
+    assert loop.ends == [("a", tuner._DIED)]
+    assert logged.empty()
 
 
 def test_images_that_kill_every_worker_end_the_search(workers):

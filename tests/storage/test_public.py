@@ -42,7 +42,7 @@ def test_the_package_exports_these_names_and_no_others():
         (Store.best, {"model": REQUIRED, "dataset": REQUIRED, "nfe": REQUIRED, "solver": None}),
         (Store.jobs, {"model": None, "dataset": None, "status": None, "limit": 50, "before_id": None}),
         (Store.job, {"job_id": REQUIRED}),
-        (Store.evaluations, {"job_id": REQUIRED}),
+        (Store.evaluations, {"job_id": REQUIRED, "limit": None, "after_number": None}),
     ],
 )
 def test_what_readers_call_keeps_its_names_and_defaults(call, parameters):

@@ -216,6 +216,9 @@ class TestJobs:
             with engine.begin() as connection:
                 connection.execute(update(JobRow).values(updated_at=when))
             assert store.claim(job.id, stale_after=60) == free
+        with engine.begin() as connection:
+            connection.execute(update(JobRow).values(updated_at=when))
+        assert store.cancel(job.id, stale_after=60).finished_at is not None  # nobody is waited for
         engine.dispose()
 
     def test_who_lost_a_job_to_another_process_can_no_longer_write_to_it(
@@ -375,6 +378,17 @@ class TestEvaluations:
             evaluated(store, job, number, 1.0, 5.0)
         evaluated(store, other, 3, 1.0, 5.0)
         assert [one.number for one in store.evaluations(job.id)] == [0, 1, 2]
+
+    def test_evaluations_come_page_by_page(self, store: Store) -> None:
+        job = store.create_job(new_job("s"))
+        for number in range(5):
+            evaluated(store, job, number, 1.0, 5.0)
+        whole = store.evaluations(job.id)
+        pages = [store.evaluations(job.id, limit=2)]
+        while pages[-1]:
+            pages.append(store.evaluations(job.id, limit=2, after_number=pages[-1][-1].number))
+        assert [len(page) for page in pages] == [2, 2, 1, 0]
+        assert tuple(one for page in pages for one in page) == whole
 
     def test_what_was_measured_under_a_key_is_known_to_every_job_at_each_of_its_rungs(
         self, store: Store
@@ -634,23 +648,31 @@ class TestOptuna:
         assert "alembic_version" in before
         engine.dispose()
 
-    def test_many_may_make_optunas_tables_at_once(self, store: Store) -> None:
+    def test_a_store_has_one_optuna_storage_which_outlives_it(self, url: str) -> None:
+        with open_store(url) as store, ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(lambda _: store.optuna_storage(), range(4))
+        assert all(other is first for other in others)
+        assert optuna.create_study(study_name="s", storage=first).trials == []
+        first.engine.dispose()
+
+    def test_many_may_make_optunas_tables_at_once(self, url: str) -> None:
         barrier = Barrier(4)
 
         def made(i: int) -> str:
-            barrier.wait()
-            return optuna.create_study(study_name=f"s{i}", storage=store.optuna_storage()).study_name
+            with open_store(url) as store:
+                barrier.wait()
+                return optuna.create_study(study_name=f"s{i}", storage=store.optuna_storage()).study_name
 
         with ThreadPoolExecutor(4) as pool:
             assert sorted(pool.map(made, range(4))) == ["s0", "s1", "s2", "s3"]
 
     def test_tables_of_another_optuna_are_an_input_error(
-        self, store: Store, execute: Callable[[str], None]
+        self, store: Store, url: str, execute: Callable[[str], None]
     ) -> None:
         store.optuna_storage()
         execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
-        with pytest.raises(InputError, match="updating optuna"):
-            store.optuna_storage()
+        with open_store(url) as another, pytest.raises(InputError, match="updating optuna"):
+            another.optuna_storage()
 
 
 class TestSeveralAtOnce:
