@@ -103,7 +103,7 @@ def run(tmp_path):
             process.wait()
 
 
-def until_healthy(process, check, environment, seconds=60):
+def until_healthy(process, check, environment, seconds=120):
     """Repeat a health check as Compose does, until it succeeds."""
     deadline = time.monotonic() + seconds
     while True:

@@ -294,7 +294,7 @@ runner.submit(load(Path(sys.argv[1])), sys.argv[2])
 
 
 def test_ctrl_c_cancels_the_job_and_says_how_to_go_on(tmp_path):
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(changed("search", images=20_000)))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(changed("search", images=200_000)))
     url = f"sqlite:///{tmp_path}/store.db"
     words = ["submit", str(tmp_path / "job.yaml"), "--store", url]
     program = [sys.executable, "-c", "from search.cli import main; main()", *words]
