@@ -294,10 +294,12 @@ runner.submit(load(Path(sys.argv[1])), sys.argv[2])
 
 
 def test_ctrl_c_cancels_the_job_and_says_how_to_go_on(tmp_path):
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(changed("search", images=200_000)))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(changed("search", images=20_000)))
     url = f"sqlite:///{tmp_path}/store.db"
     words = ["submit", str(tmp_path / "job.yaml"), "--store", url]
-    program = [sys.executable, "-c", "from search.cli import main; main()", *words]
+    # A shell starts what runs in its background with SIGINT ignored, and so would be what these tests start.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = [sys.executable, "-c", heard + "from search.cli import main; main()", *words]
     driver = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     with open_store(url) as store:
         deadline = time.monotonic() + 120
