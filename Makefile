@@ -6,7 +6,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      search the schedule of the bundled digits network (about a minute on two cores)"
+	@echo "make demo      search the schedule of the bundled digits network (a minute or two on two cores)"
 	@echo "make pictures  search it again and make docs/digits.md and docs/pictures"
 	@echo "make test      run the tests"
 	@echo "make lint      ruff, mypy (strict) and the import contract"
@@ -22,10 +22,11 @@ help:
 demo: .venv/ready
 	$(BIN)/lamtune demo
 
-# In a store of its own, so that what is drawn is this search and no other.
+# In a store and a cache of its own, so that what is drawn is this search and no other.
 pictures: export LAMTUNE_STORE = sqlite:///pictures.db
+pictures: export LAMTUNE_CACHE = $(CURDIR)/pictures.cache
 pictures: .venv/ready
-	rm -f pictures.db pictures.db-*
+	rm -rf pictures.db pictures.db-* pictures.cache
 	$(BIN)/lamtune demo
 	$(BIN)/lamtune diagnose search/demo.yaml --schedule best --late 6,4,2
 	$(BIN)/lamtune report --model digits --dataset digits --nfe 8 -o docs/digits.md --plots docs/pictures

@@ -75,7 +75,7 @@ def main() -> None:
 @main.command()
 @_store_option
 def demo(store: str) -> None:
-    """Search the schedule of the bundled digits network (no download; about a minute on two cores).
+    """Search the schedule of the bundled digits network (no download; a minute or two on two cores).
 
     The job is search/demo.yaml: the mean λ, then k, with few images, and the result on 10,000 fresh ones.
     """
