@@ -37,6 +37,7 @@ import psutil
 import yaml
 from sqlalchemy import URL
 
+from benchmarks.jobs import GAUSS
 from benchmarks.servers import (
     PostgreSQL,
     RayCluster,
@@ -51,13 +52,7 @@ KINDS = ("worker", "measuring", "driver", "node", "postgresql")
 _MEASURING = ("merge", "influences", "conclude")
 # An exact denoiser, so that a trial of some seconds needs no weights; confirmation and racing included.
 JOB: dict[str, Any] = {
-    "model": {
-        "name": "gauss",
-        "format": "ideal",
-        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-    },
-    "dataset": {"name": "digits", "reference": "digits"},
-    "features": "digits",
+    **GAUSS,
     "sampling": {"solver": "ddpm", "nfe": 10},
     "search": {
         "strategy": "paper",

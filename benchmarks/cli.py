@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import Found, Part, grid, main, milliseconds, scratch, seconds
+from benchmarks.jobs import new_job
 from samplers.schedule import Schedule
-from storage import Evaluator, NewJob, open_store
+from storage import open_store
 
 _LAMTUNE = "from search.cli import main; main()"
 
@@ -39,22 +40,7 @@ def measure(job: Path, images: int) -> Found:
 def _fill(url: str) -> None:
     """One finished job of one trial."""
     with open_store(url) as store:
-        job = store.create_job(
-            NewJob(
-                study_name="s",
-                model="m",
-                model_fingerprint="w",
-                dataset="d",
-                solver="ddpm",
-                sampling={},
-                nfe=8,
-                strategy="paper",
-                images=1000,
-                seed=0,
-                spec={},
-                evaluator=Evaluator(fingerprint="e", features="f", dimension=64, reference="r", details={}),
-            )
-        )
+        job = store.create_job(new_job())
         trial = store.start_evaluation(job.id, 0, "baseline", Schedule.uniform(8, 1.0))
         store.report_rung(trial.id, images=1000, distance=5.0, network_evaluations=8000, seconds=1.0)
         store.finish_evaluation(trial.id)

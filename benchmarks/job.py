@@ -23,13 +23,16 @@ def measure(job: Path, images: int) -> Found:
     return {name: _search(load(job), name, images) for name in _STRATEGIES}
 
 
-def _search(spec: JobSpec, strategy: str, images: int) -> Found:
+def plain(spec: JobSpec, strategy: str, images: int) -> JobSpec:
+    """The job with a search of this strategy from λ = 1; the budget and ranges of another strategy are left out."""
     asked = {"strategy": strategy, "images": images, "rungs": None, "confirm": None, "warm_start": False}
     if strategy != spec.search.strategy:
         asked |= {"budget": None, "parameters": {}, "b": {}, "k": {}}
-    whole = spec.model_copy(
-        update={"search": spec.search.model_copy(update=asked), "sampling": spec.sampling[:1]}
-    )
+    return spec.model_copy(update={"search": spec.search.model_copy(update=asked)})
+
+
+def _search(spec: JobSpec, strategy: str, images: int) -> Found:
+    whole = plain(spec, strategy, images).model_copy(update={"sampling": spec.sampling[:1]})
     with scratch() as folder:
         url = f"sqlite:///{folder}/store.db"
         began = time.perf_counter()

@@ -15,6 +15,7 @@ import psutil
 from rich.console import Console
 
 from benchmarks.common import Found, Part, grid, main, megabytes, scratch
+from benchmarks.job import plain
 from search.runner import submit
 from search.spec import load
 from storage import Store, open_store
@@ -29,14 +30,8 @@ def measure(job: Path, images: int) -> Found:
     """(trials, bytes of the driver, bytes of the largest worker) over time; the unique ones, without shared pages."""
     spec = load(job)
     first = spec.sampling[0]
-    asked = {"strategy": "adaptive", "images": images, "rungs": None, "confirm": images, "warm_start": False}
-    asked |= {"budget": None, "parameters": {}, "b": {}, "k": {}}
-    many = spec.model_copy(
-        update={
-            "search": spec.search.model_copy(update=asked),
-            "sampling": tuple(replace(first, nfe=nfe) for nfe in _NFES),
-        }
-    )
+    samplings = tuple(replace(first, nfe=nfe) for nfe in _NFES)
+    many = plain(spec, "adaptive", images).model_copy(update={"sampling": samplings})
     rows: list[tuple[int, int, int]] = []
     ended = threading.Event()
     with scratch() as folder:

@@ -31,10 +31,11 @@ import numpy as np
 import yaml
 from sqlalchemy import Engine, MetaData, event
 
+from benchmarks.jobs import GAUSS, new_job
 from benchmarks.servers import RayCluster, new_database, postgresql, until
 from samplers.errors import InputError
 from samplers.schedule import Schedule
-from storage import Evaluator, NewJob, Store, open_store
+from storage import Evaluator, Store, open_store
 from storage.connection import make_engine, parse
 
 NFES = (10, 20, 50, 100)
@@ -46,13 +47,8 @@ BUSY_NFES = (4, 5, 6, 8)
 def busy_job(number: int) -> dict[str, Any]:
     """A job file: four searches of trials that take about a second."""
     return {
-        "model": {
-            "name": f"busy-{number}",
-            "format": "ideal",
-            "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-        },
-        "dataset": {"name": "digits", "reference": "digits"},
-        "features": "digits",
+        **GAUSS,
+        "model": {**GAUSS["model"], "name": f"busy-{number}"},
         "sampling": {"solver": "ddpm", "nfe": list(BUSY_NFES)},
         "search": {
             "strategy": "paper",
@@ -77,17 +73,12 @@ def fill(url: str, trials: int, per_job: int) -> list[dict[str, Any]]:
         if store.jobs(limit=1):
             raise InputError(f"--store {store.safe_url} has jobs: name an empty database")
         job = store.create_job(
-            NewJob(
-                study_name="s",
+            new_job(
                 model="model-0",
-                model_fingerprint="w",
                 dataset="cifar10",
-                solver="ddpm",
                 sampling={"variance": "learned_range"},
                 nfe=NFES[0],
-                strategy="paper",
                 images=10_000,
-                seed=0,
                 spec={"model": {"name": "model-0"}},
                 evaluator=Evaluator(
                     fingerprint="e", features="inception", dimension=2048, reference="r", details={}

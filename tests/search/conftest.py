@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from benchmarks.jobs import new_job
 from benchmarks.servers import RayCluster, until
 from samplers.sampling import DDPM
 from search import planning
@@ -18,7 +19,7 @@ from search.spec import SearchSpec
 from search.strategies.base import slope
 from search.study import Search
 from search.tuner import Progress
-from storage import Evaluator, NewJob, open_store
+from storage import Evaluator, open_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -114,21 +115,17 @@ def play():
         )
         job = {
             "study_name": f"{strategy}-{keys.get('nfe', 20)}",
-            "model": "m",
             "model_fingerprint": "ef" * 32,
-            "dataset": "d",
-            "solver": "ddpm",
             "sampling": {"variance": "learned"},
             "nfe": 20,
             "strategy": strategy,
             "images": 5000,
             "confirm": 5000,
-            "seed": 0,
             "spec": {"model": {"name": "m"}},
             "evaluator": evaluator,
             "versions": {"torch": "2.11.0"},
         } | keys
-        made = store.create_job(NewJob(**job))
+        made = store.create_job(new_job(**job))
         sampling = DDPM("ddpm", made.nfe)
         chosen = planning.strategy(search, sampling, "discrete", 64)
         playing = Search(store, made, chosen, Silent(), rungs=search.all_rungs, context=made.study_name)

@@ -10,17 +10,12 @@ import yaml
 from click.testing import CliRunner
 from sqlalchemy import make_url
 
+from benchmarks.jobs import GAUSS
 from search.cli import main
 from storage import open_store
 
 JOB = {
-    "model": {
-        "name": "gauss",
-        "format": "ideal",
-        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-    },
-    "dataset": {"name": "digits", "reference": "digits"},
-    "features": "digits",
+    **GAUSS,
     "sampling": {"solver": "ddpm", "nfe": 3},
     "search": {
         "strategy": "paper",

@@ -7,6 +7,7 @@ import torch
 from optuna.artifacts import get_all_artifact_meta
 from rich.console import Console
 
+from benchmarks.jobs import GAUSS
 from objectives import losses
 from objectives.losses import LOSSES
 from objectives.metrics import METRICS, Generated, Real, measure
@@ -20,15 +21,8 @@ from search.evaluator import Evaluator
 from search.spec import parse
 from storage import CONFIRM, Pictures, open_store
 
-# An exact denoiser of 8×8 Gaussian noise: no weights, and the digits features measure it.
 JOB = {
-    "model": {
-        "name": "gauss",
-        "format": "ideal",
-        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-    },
-    "dataset": {"name": "digits", "reference": "digits"},
-    "features": "digits",
+    **GAUSS,
     "sampling": {"solver": "ddpm", "nfe": 4},
     "search": {
         "strategy": "paper",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.jobs import GAUSS
 from objectives.moments import Moments
 from samplers.errors import InputError
 from samplers.schedule import Schedule
@@ -15,13 +16,7 @@ from search.evaluator import BLOCK, Evaluator, Sampled
 from search.spec import JobSpec, parse
 
 JOB = {
-    "model": {
-        "name": "gauss",
-        "format": "ideal",
-        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-    },
-    "dataset": {"name": "digits", "reference": "digits"},
-    "features": "digits",
+    **GAUSS,
     "sampling": [{"solver": "ddim", "nfe": 3, "eta": 0.0}],
 }
 SCHEDULE = Schedule.uniform(3, 1.02)

@@ -16,20 +16,14 @@ import torch
 import yaml
 from rich.console import Console
 
+from benchmarks.jobs import GAUSS
 from samplers.errors import InputError, LamtuneError
 from search import runner
 from search.spec import parse
 from storage import open_store
 
-# An exact denoiser of 8×8 Gaussian noise: no weights, and the digits features measure it.
 JOB = {
-    "model": {
-        "name": "gauss",
-        "format": "ideal",
-        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-    },
-    "dataset": {"name": "digits", "reference": "digits"},
-    "features": "digits",
+    **GAUSS,
     "sampling": {"solver": "ddpm", "nfe": 5},
     "search": {
         "strategy": "paper",

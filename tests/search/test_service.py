@@ -18,12 +18,13 @@ from hypothesis.strategies import data, one_of
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 
+from benchmarks.jobs import new_job
 from samplers.errors import InputError
 from samplers.schedule import Schedule
 from search.cli import main
 from search.report import best_as_dict
 from search.service import create_app, is_loopback, token_for
-from storage import Evaluator, NewJob, open_store
+from storage import Evaluator, open_store
 
 TOKEN = "a token of 𝒹𝑒𝑒𝓅 secrets"
 LOCAL = "http://127.0.0.1:8080"
@@ -33,17 +34,13 @@ INFLUENCE = b"\xff\xfe\x00\x80"  # no text in any encoding
 def add_job(store, model="adm", **distances):
     """A finished job of NFE 2 with an evaluation per b."""
     job = store.create_job(
-        NewJob(
+        new_job(
             study_name=f"{model}-{len(store.jobs())}",
             model=model,
-            model_fingerprint="w",
             dataset="cifar10",
-            solver="ddpm",
             sampling={"clip": True},
             nfe=2,
-            strategy="paper",
             images=100,
-            seed=0,
             spec={"model": {"name": model}},
             evaluator=Evaluator(fingerprint="e", features="digits", dimension=8, reference="r", details={}),
         )

@@ -6,6 +6,7 @@ import numpy as np
 import optuna
 import pytest
 
+from benchmarks import jobs
 from objectives.paired import difference_error, first, pack, standard_error, unpack
 from samplers.errors import LamtuneError
 from samplers.sampling import DDPM
@@ -17,7 +18,7 @@ from search.strategies.confirm import Confirmed
 from search.strategies.paper import PaperStrategy
 from search.study import Search, fresh_seed, point_of
 from search.tuner import Progress
-from storage import CONFIRM, Evaluator, NewJob, open_store
+from storage import CONFIRM, Evaluator, open_store
 
 NFE = 20
 IMAGES = 100
@@ -71,21 +72,8 @@ def new_job(store):
 
     def make(study_name="study", **changes):
         evaluator = Evaluator(fingerprint="ab", features="digits", dimension=64, reference="cd", details={})
-        fields = {
-            "study_name": study_name,
-            "model": "m",
-            "model_fingerprint": "ef",
-            "dataset": "d",
-            "solver": "ddpm",
-            "sampling": {},
-            "nfe": NFE,
-            "strategy": "paper",
-            "images": IMAGES,
-            "seed": 0,
-            "spec": {},
-            "evaluator": evaluator,
-        }
-        return store.create_job(NewJob(**fields | changes))
+        fields = {"model_fingerprint": "ef", "nfe": NFE, "images": IMAGES, "evaluator": evaluator}
+        return store.create_job(jobs.new_job(study_name=study_name, **fields | changes))
 
     return make
 

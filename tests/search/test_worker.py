@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.jobs import GAUSS
 from samplers.errors import InputError
 from samplers.schedule import Schedule
 from search.evaluator import Evaluator
@@ -10,13 +11,7 @@ from search.spec import parse
 from search.worker import SamplerWorker
 
 JOB = {
-    "model": {
-        "name": "gauss",
-        "format": "ideal",
-        "options": {"time": "discrete", "shape": [1, 8, 8], "mean": 0.1, "std": 0.4},
-    },
-    "dataset": {"name": "digits", "reference": "digits"},
-    "features": "digits",
+    **GAUSS,
     "sampling": {"solver": "ddpm", "nfe": 3},
 }
 

@@ -5,32 +5,17 @@ import io
 import pytest
 from optuna.artifacts.exceptions import ArtifactNotFound
 
+from benchmarks.jobs import new_job
 from samplers.errors import LamtuneError
 from samplers.schedule import Schedule
-from storage import Evaluator, NewJob, NotInStore, Pictures, open_store
+from storage import NotInStore, Pictures, open_store
 
 
 @pytest.fixture
 def evaluated(url: str):
     """A store, its job and a running evaluation with one rung."""
     with open_store(url) as store:
-        job = store.create_job(
-            NewJob(
-                study_name="s",
-                model="m",
-                model_fingerprint="w",
-                dataset="d",
-                solver="ddpm",
-                sampling={},
-                nfe=2,
-                strategy="paper",
-                images=10,
-                seed=0,
-                spec={},
-                evaluator=Evaluator(fingerprint="e", features="f", dimension=1, reference="r", details={}),
-                versions={"torch": "2.11"},
-            )
-        )
+        job = store.create_job(new_job(nfe=2, images=10, versions={"torch": "2.11"}))
         running = store.start_evaluation(job.id, 0, "baseline", Schedule.uniform(2, 1.0))
         store.report_rung(running.id, images=10, distance=1.0, network_evaluations=20, seconds=0.0)
         assert store.job(job.id).versions == {"torch": "2.11"}
