@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Literal, TypeVar
 
 import ray
 import torch
@@ -39,8 +40,10 @@ from search.report import best_as_text, exploration, runner_up
 from search.spec import FRECHET, JobSpec, from_dict
 from search.strategies.base import Strategy
 from search.study import Search
-from storage import STALE_S, ConnectionLost, Job, NewJob, NotInStore, Store, TakenOver, open_store
+from storage import STALE_S, ConnectionLost, Job, JobStatus, NewJob, NotInStore, Store, TakenOver, open_store
 from storage import Evaluator as StoredEvaluator
+
+_T = TypeVar("_T")
 
 # A running job says that it lives this often, and is free for another process after this long a silence.
 _HEARTBEAT_S, _STALE_S = 5.0, STALE_S
@@ -100,7 +103,7 @@ def _submit(
             whole = spec.model_copy(update={"sampling": tuple(ready.sampling for ready in samplings)})
             pool.check_files(spec, nodes, whole.files)
         searches = [
-            _search(store, spec, asked, ready, evaluator, resources, job, real)
+            _lasting(partial(_search, store, spec, asked, ready, evaluator, resources, job, real))
             for asked, ready in zip(spec.sampling, samplings, strict=True)
         ]
         jobs = [one.job for one in searches]
@@ -111,13 +114,17 @@ def _submit(
             pool.trim_caches(spec, nodes)
             _run(store, spec, reference, fingerprint, todo, resources, console)
         for job in jobs:
-            best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
-            second = runner_up(best, store.evaluations(best.job_id))
-            console.print(f"\n{best_as_text(best, second)}", highlight=False, soft_wrap=True)
-            if (saved := warm_start_as_text(store, store.job(job.id))) is not None:
-                console.print(saved, highlight=False, soft_wrap=True)
+            console.print(f"\n{_lasting(partial(_result, store, job))}", highlight=False, soft_wrap=True)
         console.print(f"\nstore: {store.safe_url}", highlight=False, soft_wrap=True)
-        return tuple(store.job(job.id) for job in jobs)
+        return _lasting(lambda: tuple(store.job(job.id) for job in jobs))
+
+
+def _result(store: Store, job: Job) -> str:
+    """The answer to a job's question, and what its warm start has saved."""
+    best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
+    found = best_as_text(best, runner_up(best, store.evaluations(best.job_id)))
+    saved = warm_start_as_text(store, store.job(job.id))
+    return found if saved is None else f"{found}\n{saved}"
 
 
 def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
@@ -342,7 +349,7 @@ def _run(
         try:
             for one in todo:
                 with _claimed(store, one.job), TerminalWatcher(one.job, console) as watcher:
-                    strategy = one.strategy(_start(store, spec, one.job.id))
+                    strategy = one.strategy(_lasting(partial(_start, store, spec, one.job.id)))
 
                     def search(
                         one: _Search = one, strategy: Strategy = strategy, watcher: TerminalWatcher = watcher
@@ -361,19 +368,21 @@ def _run(
                             tuner.run_trials(found, workers, one.sampling, resources.unit)
                             found.check()
 
-                    _until_done(search)
-                dashboard.publish(store, one.job.id)
+                    _lasting(search)
+                _lasting(partial(dashboard.publish, store, one.job.id))
         finally:
             pool.stop_workers(workers)
 
 
-def _until_done(search: Callable[[], None]) -> None:
-    """Search, and again where the database went away amid a transaction: the store has what counts, so that goes on
-    as it does after a kill, but for the workers, which stay."""
+def _lasting(call: Callable[[], _T]) -> _T:
+    """What a call returns that may be made twice, again where the database went away amid a transaction of it.
+
+    A search may: the store has what counts, so that it goes on as after a kill, but for the workers, which stay.
+    """
     lost: list[float] = []
     while True:
         try:
-            return search()
+            return call()
         except ConnectionLost:
             now = time.monotonic()
             lost = [*(then for then in lost if now - then < _PATIENCE_S), now]
@@ -425,6 +434,9 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
             _thread.interrupt_main(signal.SIGTERM)
             return
 
+    def end(status: JobStatus, error: str | None = None) -> None:
+        _lasting(lambda: store.set_status(job.id, status, error))
+
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()
     try:
@@ -434,13 +446,13 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         if taken or isinstance(error, TakenOver):  # what becomes of the job is the other process's to say
             raise next(iter(taken), error) from None
         if stop.is_set():
-            store.set_status(job.id, "cancelled", "cancelled on request")
+            end("cancelled", "cancelled on request")
             raise LamtuneError(f"job {job.id} was cancelled; submit it again to go on") from None
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        store.set_status(job.id, "cancelled" if interrupted else "failed", str(error) or type(error).__name__)
+        end("cancelled" if interrupted else "failed", str(error) or type(error).__name__)
         raise
     _stop(ended, heart)
-    store.set_status(job.id, "finished")
+    end("finished")
 
 
 def _stop(ended: threading.Event, heart: threading.Thread) -> None:

@@ -15,12 +15,14 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from sqlalchemy import Engine, event
 
 from benchmarks.jobs import GAUSS
+from benchmarks.servers import postgresql, postgresql_programs
 from samplers.errors import InputError, LamtuneError
 from search import runner
 from search.spec import parse
-from storage import open_store
+from storage import Store, open_store
 
 JOB = {
     **GAUSS,
@@ -519,3 +521,44 @@ def test_workers_killed_while_they_sample_and_conclude_change_no_distance_and_lo
     with open_store(f"sqlite:///{tmp_path}/disturbed.db") as store:
         pictures = store.pictures(1)
     assert {e.id for e in disturbed if e.phase == "confirm" and e.state == "complete"} <= set(pictures)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_database_that_is_restarted_before_or_after_a_search_is_waited_for(tmp_path, quiet, monkeypatch):
+    pytest.importorskip("psycopg")
+    if not postgresql_programs():
+        pytest.skip("no PostgreSQL programs found")
+    killed, restarts = [], []
+
+    def kills(name, call):
+        """`call`, whose first statement is the last of a server that is back half a second later."""
+
+        def kill(*_):
+            event.remove(Engine, "after_cursor_execute", kill)
+            server.kill()
+            restarts.append(threading.Timer(0.5, server.start))
+            restarts[-1].start()
+
+        def killing(*words, **options):
+            if name not in killed:
+                killed.append(name)
+                event.listen(Engine, "after_cursor_execute", kill)
+            return call(*words, **options)
+
+        return killing
+
+    for owner, name in (
+        (runner, "_search"),
+        (runner, "_start"),
+        (Store, "set_status"),
+        (runner.dashboard, "publish"),
+        (runner, "_result"),
+    ):
+        monkeypatch.setattr(owner, name, kills(name, getattr(owner, name)))
+    with postgresql() as server:
+        url = server.url.render_as_string(hide_password=False)
+        (job,) = runner.submit(parse(JOB, "job.yaml", tmp_path), url, quiet)
+        for one in restarts:
+            one.join()
+    assert job.status == "finished"
+    assert killed == ["_search", "_start", "set_status", "publish", "_result"]
