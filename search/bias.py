@@ -5,7 +5,7 @@ Needs no torch. How it is measured is `search.diagnose`'s matter, how it is draw
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,8 +26,8 @@ class Late:
 class Sampled:
     """Sampling with one schedule. Lists are indexed by evaluation t, 0 the last and cleanest.
 
-    norms: mean ‖ε‖₂ of the network's answers, before λ divides them. ratios: to those in training; above 1 where
-    exposure bias shows. deltas: δ_t, see `objectives.states`. distance: of the images, as in a search.
+    norms: mean ‖ε‖₂ of the network's answers, before λ divides them. deltas: δ_t, see `objectives.states`. distance: of
+    the images, as in a search.
     """
 
     name: str
@@ -35,10 +35,19 @@ class Sampled:
     b: float | None
     lambdas: tuple[float, ...]
     norms: tuple[float, ...]
-    ratios: tuple[float, ...]
     deltas: tuple[float, ...]
     distance: float
     late: tuple[Late, ...] = ()
+
+    @property
+    def scaled(self) -> tuple[float, ...]:
+        """Mean ‖ε/λ‖₂, of the noise that the solver removes: what the paper's figures show after epsilon scaling."""
+        return tuple(norm / lam for norm, lam in zip(self.norms, self.lambdas, strict=True))
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether λ = 1 throughout."""
+        return all(lam == 1 for lam in self.lambdas)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +78,27 @@ class Diagnosis:
     floor: tuple[float, ...]
     schedules: tuple[Sampled, ...]
 
+    def ratios(self, one: Sampled) -> tuple[float, ...]:
+        """‖ε/λ‖₂ in sampling to ‖ε‖₂ in training: above 1 where exposure bias shows."""
+        return tuple(scaled / norm for scaled, norm in zip(one.scaled, self.training, strict=True))
+
+    def summary(self, one: Sampled) -> str:
+        """At how many evaluations a schedule leaves the noise too large, and at how many it lessens that."""
+        over = sum(ratio > 1 for ratio in self.ratios(one))
+        if one.is_baseline:
+            return f"‖ε‖ above training at {over} of {self.nfe} evaluations"
+        said = f"‖ε/λ‖ above training at {over} of {self.nfe} evaluations"
+        plain = next((other for other in self.schedules if other.is_baseline), None)
+        if plain is None:
+            return said
+        below = sum(mine < theirs for mine, theirs in zip(one.scaled, plain.scaled, strict=True))
+        return f"{said}, below λ = 1 at {below}"
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, with what follows from the rest."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for one, row in zip(self.schedules, plain["schedules"], strict=True):
+            row |= {"scaled": list(one.scaled), "ratios": list(self.ratios(one))}
         return plain
 
     @classmethod
@@ -79,17 +106,18 @@ class Diagnosis:
         """What `as_dict` gave. Raises InputError."""
         try:
             schedules = tuple(
-                Sampled(**_tuples(one) | {"late": tuple(Late(**late) for late in one["late"])})
+                Sampled(**_fields(Sampled, one) | {"late": tuple(Late(**late) for late in one["late"])})
                 for one in content["schedules"]
             )
-            return cls(**_tuples(content) | {"schedules": schedules})
+            return cls(**_fields(cls, content) | {"schedules": schedules})
         except (KeyError, TypeError) as error:
             raise InputError(f"no diagnosis, or one of another version: {error}") from None
 
 
-def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    """With a tuple for each list, which JSON made of it."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+def _fields(kind: type[Sampled | Diagnosis], content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataclass takes of JSON, with a tuple for each list."""
+    found = {field.name: content[field.name] for field in fields(kind) if field.name in content}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
 def read(path: Path) -> Diagnosis:
@@ -106,7 +134,7 @@ def as_text(found: Diagnosis) -> str:
     """A table with a line per evaluation, the noisiest first, as sampling goes."""
     head = f"{'t':>4} {'time':>9} {'‖ε‖ train':>10}"
     for index, _ in enumerate(found.schedules):
-        head += f" │ {f'‖ε‖ ({index + 1})':>9} {'ratio':>7} {'δ_t':>10}"
+        head += f" │ {f'‖ε/λ‖ ({index + 1})':>9} {'ratio':>7} {'δ_t':>10}"
     lines = [
         f"{found.model} on {found.dataset}, {found.solver}, NFE {found.nfe}: "
         f"{found.images:,} images, seed {found.seed}, {found.precision}",
@@ -116,15 +144,11 @@ def as_text(found: Diagnosis) -> str:
     for t in reversed(range(found.nfe)):
         line = f"{t:4} {found.times[t]:9.4g} {found.training[t]:10.4f}"
         for one in found.schedules:
-            line += f" │ {one.norms[t]:9.4f} {one.ratios[t]:7.4f} {one.deltas[t]:10.4g}"
+            line += f" │ {one.scaled[t]:9.4f} {found.ratios(one)[t]:7.4f} {one.deltas[t]:10.4g}"
         lines.append(f"{line} │ {found.floor[t]:10.4g}")
     lines.append("")
     for index, one in enumerate(found.schedules):
-        over = sum(ratio > 1 for ratio in one.ratios)
-        lines.append(
-            f"({index + 1}) {one.name}: distance {one.distance:.4f}; "
-            f"‖ε‖ above training at {over} of {found.nfe} evaluations"
-        )
+        lines.append(f"({index + 1}) {one.name}: distance {one.distance:.4f}; {found.summary(one)}")
         lines += [f"    from real states at t = {late.t}: distance {late.distance:.4f}" for late in one.late]
     what = "covariances" if found.form == "full" else "variances"
     lines.append(

@@ -383,7 +383,13 @@ def export(
 @main.command()
 @click.argument("job", type=click.Path(path_type=Path), metavar="JOB.yaml")
 @click.option("--nfe", type=int, help="Which of the job's samplings, where it has several.")
-@click.option("--schedule", metavar="best|K,B", help="Beside λ = 1: the store's best, or λ_t = K·t + B.")
+@click.option(
+    "--schedule",
+    "schedules",
+    multiple=True,
+    metavar="best|K,B",
+    help="Beside λ = 1: the store's best, or λ_t = K·t + B; may be repeated.",
+)
 @click.option(
     "--images", type=click.IntRange(2), default=10_000, show_default=True, help="Images per schedule."
 )
@@ -395,7 +401,7 @@ def export(
 def diagnose(
     job: Path,
     nfe: int | None,
-    schedule: str | None,
+    schedules: tuple[str, ...],
     images: int,
     late: str | None,
     output: Path | None,
@@ -405,9 +411,10 @@ def diagnose(
 ) -> None:
     """Measure the exposure bias of a job's network on this machine: what epsilon scaling corrects.
 
-    The size of the predicted noise in sampling and in training, their ratio, and the distance δ_t between the states
-    of both, at every evaluation. It is kept in the store with the newest search of the same network and solver, whose
-    report and dashboard show it. Give a DIAGNOSIS.json in place of the job to show, draw or keep it again.
+    The size of the noise that the solver removes (ε/λ) and of what the network predicts in training, their ratio, and
+    the distance δ_t between the states of both, at every evaluation. It is kept in the store with the newest search of
+    the same network and solver, whose report and dashboard show it. Give a DIAGNOSIS.json in place of the job to show,
+    draw or keep it again.
     """
     from search import bias
 
@@ -416,7 +423,7 @@ def diagnose(
     else:
         from search import diagnose as diagnosis
 
-        found = diagnosis.run(job, nfe, schedule, images, late, store)
+        found = diagnosis.run(job, nfe, schedules, images, late, store)
     text = json.dumps(found.as_dict(), indent=2)
     if output is not None:
         _write(output, text + "\n")

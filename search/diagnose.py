@@ -29,6 +29,7 @@ from search.spec import JobSpec, load
 
 # Real images whose moments stand for the data, spread evenly over it: more say nothing new and take long to read.
 _REAL = 50_000
+_MOST = 3  # schedules beside λ = 1
 _BATCH = {"cuda": 2000, "cpu": 500}  # images whose states are on the device at once
 
 _Number = TypeVar("_Number", int, float)
@@ -86,15 +87,13 @@ def diagnose(
             stop = min(start + _batch(evaluator), images)
             features.append(evaluator.extractor(sampler.images(schedule, start, stop, observe)))
             count.add((stop - start) * nfe)
-        means = norms.means
         measured.append(
             Sampled(
                 name=name,
                 k=schedule.k,
                 b=schedule.b,
                 lambdas=schedule.lambdas,
-                norms=tuple(means),
-                ratios=tuple(a / b for a, b in zip(means, training, strict=True)),
+                norms=tuple(norms.means),
                 deltas=tuple(deltas(forward, at, states)),
                 distance=_distance(evaluator.frechet, features),
                 late=tuple(
@@ -125,11 +124,11 @@ def diagnose(
 
 
 def run(
-    job: Path, nfe: int | None, asked: str | None, images: int, late: str | None, store: str
+    job: Path, nfe: int | None, asked: Sequence[str], images: int, late: str | None, store: str
 ) -> Diagnosis:
     """What `lamtune diagnose` does: read the job, choose sampling and schedules, measure on this machine.
 
-    asked: the schedule beside λ = 1, "best" of the store or "K,B"; late: "T,T,…". Raises InputError.
+    asked: the schedules beside λ = 1, "best" of the store or "K,B"; late: "T,T,…". Raises InputError.
     """
     spec = load(job)
     places = [place for place, one in enumerate(spec.sampling) if nfe in (None, one.nfe)]
@@ -137,11 +136,13 @@ def run(
         there = ", ".join(str(one.nfe) for one in spec.sampling)
         raise InputError(f"--nfe: name one of the job's samplings; it has NFE {there}")
     chosen = spec.sampling[places[0]]
+    if len(asked) > _MOST:
+        raise InputError(f"--schedule: at most {_MOST} can be told apart in one picture")
     one = Schedule.uniform(chosen.nfe, 1.0)
-    schedules = [(named(one), one)]
-    if asked is not None:
-        other = _asked(asked, spec, chosen, store)
-        schedules.append((named(other), other))
+    schedules = {named(one): one}
+    for text in asked:
+        other = _asked(text, spec, chosen, store)
+        schedules.setdefault(named(other), other)
     evaluator = Evaluator.load(spec, accelerator())
     with Shown(transient=True) as bar:
         task = bar.add_task("network evaluations", total=None)
@@ -151,7 +152,7 @@ def run(
             spec,
             evaluator,
             ready,
-            schedules,
+            list(schedules.items()),
             images=images,
             late=_numbers("--late", late, int) if late else (),
             progress=lambda done, total: bar.update(task, completed=done, total=total),

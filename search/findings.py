@@ -225,21 +225,28 @@ def _sensitivity(measured: Sequence[Sensitivity]) -> Table:
 def _exposure(found: Diagnosis) -> Table:
     """‖ε‖ and δ_t of each evaluation, as sampling goes."""
     names = [f"({n + 1})" for n in range(len(found.schedules))]
-    of_each = [f"{what} {name}" for name in names for what in ("‖ε‖", "ratio", "δ_t")]
+    of_each = [
+        f"{what} {name}"
+        for name, one in zip(names, found.schedules, strict=True)
+        for what in (("‖ε‖",) if one.is_baseline else ("‖ε‖", "‖ε/λ‖")) + ("ratio", "δ_t")
+    ]
     rows = []
     for t in reversed(range(found.nfe)):
-        measured = [
-            cell
-            for one in found.schedules
-            for cell in (f"{one.norms[t]:.4f}", f"{one.ratios[t]:.4f}", f"{one.deltas[t]:.4g}")
-        ]
+        measured = []
+        for one in found.schedules:
+            norms = (one.norms,) if one.is_baseline else (one.norms, one.scaled)
+            measured += [f"{norm[t]:.4f}" for norm in norms]
+            measured += [f"{found.ratios(one)[t]:.4f}", f"{one.deltas[t]:.4g}"]
         rows.append(
             (str(t), f"{found.times[t]:.4g}", f"{found.training[t]:.4f}", *measured, f"{found.floor[t]:.4g}")
         )
-    what = ", ".join(f"{name} {one.name}" for name, one in zip(names, found.schedules, strict=True))
+    numbered = list(zip(names, found.schedules, strict=True))
+    what = ", ".join(f"{name} {one.name}" for name, one in numbered)
+    counts = " ".join(f"{name}: {found.summary(one)}." for name, one in numbered)
     note = (
-        f"Sampling with {what}; {found.images:,} images, seed {found.seed}, {found.precision}. δ_t: squared Fréchet "
-        f"distance to the forward process of {found.real_images:,} real images, floor: of as many of its own states."
+        f"Sampling with {what}; {found.images:,} images, seed {found.seed}, {found.precision}. ε: the network's "
+        "answer, ε/λ: the noise that the solver removes, ratio: of that to training. δ_t: squared Fréchet distance to "
+        f"the forward process of {found.real_images:,} real images, floor: of as many of its own states. {counts}"
     )
     return Table("Exposure bias", ("t", "time", "‖ε‖ training", *of_each, "δ_t floor"), tuple(rows), note)
 

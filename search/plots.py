@@ -323,7 +323,8 @@ def cost(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
 
 
 def exposure(found: Diagnosis) -> Plot:
-    """‖ε‖ in training and sampling, their ratio, and δ_t above its floor, over the evaluations as sampling goes."""
+    """The noise that the solver removes beside that of training, their ratio, and δ_t above its floor, over the
+    evaluations as sampling goes."""
     steps = tuple(float(t) for t in range(found.nfe))
     looks: tuple[Look, ...] = ("second", "first", "third", "fourth")
 
@@ -344,17 +345,21 @@ def exposure(found: Diagnosis) -> Plot:
         y_label="",
         panels=(
             panel(
-                "Predicted noise", "mean ‖ε‖₂ of an image", found.training, [one.norms for one in schedules]
+                "Predicted noise",
+                "mean ‖ε/λ‖₂ of an image",
+                found.training,
+                [one.scaled for one in schedules],
             ),
             panel(
                 "Sampling against training",
-                "‖ε‖₂ in sampling / in training",
+                "‖ε/λ‖₂ in sampling / ‖ε‖₂ in training",
                 (1.0,) * found.nfe,
-                [one.ratios for one in schedules],
+                [found.ratios(one) for one in schedules],
             ),
             panel("States", "δ_t above its floor", (0.0,) * found.nfe, above),
         ),
-        note=f"δ_t: squared Fréchet distance of {found.images:,} states of sampling to noised real images; "
+        note="ε/λ: the noise that the solver removes. "
+        f"δ_t: squared Fréchet distance of {found.images:,} states of sampling to noised real images; "
         "floor: that of as many noised images.",
         falling=True,
     )

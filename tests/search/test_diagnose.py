@@ -60,12 +60,26 @@ def test_everything_is_there_once_per_evaluation(found: Diagnosis) -> None:
     one, other = found.schedules
     assert (one.name, other.name) == ("λ = 1", "λ_t = 0.02·t + 0.9")
     for sampled in found.schedules:
-        assert len(sampled.norms) == len(sampled.ratios) == len(sampled.deltas) == 5
+        assert len(sampled.norms) == len(sampled.deltas) == 5
         assert [late.t for late in sampled.late] == [3, 1]
-        np.testing.assert_allclose(sampled.ratios, np.divide(sampled.norms, found.training))
+        np.testing.assert_allclose(sampled.scaled, np.divide(sampled.norms, sampled.lambdas))
+        np.testing.assert_allclose(found.ratios(sampled), np.divide(sampled.scaled, found.training))
     # The first states are pure noise for both; then λ moves them.
     assert one.norms[4] == other.norms[4]
     assert one.norms[0] != other.norms[0]
+
+
+def test_a_summary_counts_where_the_noise_is_too_large_and_where_a_schedule_lessens_it(
+    found: Diagnosis,
+) -> None:
+    one, other = found.schedules
+    over = [sum(ratio > 1 for ratio in found.ratios(sampled)) for sampled in found.schedules]
+    assert found.summary(one) == f"‖ε‖ above training at {over[0]} of 5 evaluations"
+    lessened = np.sum(np.less(np.divide(other.norms, other.lambdas), one.norms))
+    assert (
+        found.summary(other)
+        == f"‖ε/λ‖ above training at {over[1]} of 5 evaluations, below λ = 1 at {lessened}"
+    )
 
 
 def test_the_floor_lies_below_the_states_of_sampling_which_are_of_other_data(found: Diagnosis) -> None:
@@ -90,6 +104,8 @@ def test_a_diagnosis_is_read_again_and_drawn(found: Diagnosis, tmp_path: Path) -
     (tmp_path / "d.json").write_text(json.dumps(found.as_dict()), encoding="utf-8")
     again = read(tmp_path / "d.json")
     assert again == found
+    older = found.as_dict() | {"kept": "by another version"}
+    assert Diagnosis.from_dict(older) == found
     text = as_text(found)
     assert text.count("│") == 6 * 3
     assert "(2) λ_t = 0.02·t + 0.9: distance" in text
@@ -127,7 +143,17 @@ def test_it_is_kept_with_the_newest_search_of_its_network_and_shown_by_report_an
 
     bias, late = (next(one for one in shown.tables if one.title == title) for title in TITLES)
     assert [row[0] for row in bias.rows] == ["4", "3", "2", "1", "0"]
-    assert [float(row[4]) for row in bias.rows] == pytest.approx(found.schedules[0].ratios[::-1], abs=1e-4)
+    one, other = found.schedules
+    columns = dict(zip(bias.header, zip(*bias.rows, strict=True), strict=True))
+    for name, wanted in (
+        ("‖ε‖ (1)", one.norms),
+        ("ratio (1)", found.ratios(one)),
+        ("‖ε‖ (2)", other.norms),
+        ("‖ε/λ‖ (2)", other.scaled),
+        ("ratio (2)", found.ratios(other)),
+    ):
+        assert [float(cell) for cell in columns[name]] == pytest.approx(wanted[::-1], abs=1e-4), name
+    assert "‖ε/λ‖ (1)" not in columns
     assert [row[0] for row in late.rows] == ["λ = 1", "λ_t = 0.02·t + 0.9"]
     assert float(late.rows[1][3]) == pytest.approx(found.schedules[1].late[1].distance, abs=1e-4)
     for form in ("html", "md", "tex"):
@@ -215,12 +241,16 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(TEXT)
     words = ("diagnose", tmp_path / "job.yaml", "--images", 40, "--store", f"sqlite:///{tmp_path}/s.db")
     result = run(
-        *words, "--nfe", 7, "--schedule", "0.01,0.98", "--late", "4", "--json", "-o", tmp_path / "d.json"
-    )
+        *words, "--nfe", 7, "--schedule", "0.01,0.98", "--schedule", "0,1.02", "--late", "4", "--json",
+        "-o", tmp_path / "d.json",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
     assert json.loads(result.stdout) == content
-    assert [one["lambdas"][6] for one in content["schedules"]] == [1.0, pytest.approx(1.04)]
+    assert [one["lambdas"][6] for one in content["schedules"]] == [1.0, pytest.approx(1.04), 1.02]
+    assert content["schedules"][2]["scaled"] == [
+        pytest.approx(norm / 1.02) for norm in content["schedules"][2]["norms"]
+    ]
     assert content["schedules"][1]["late"][0]["t"] == 4
     again = run("diagnose", tmp_path / "d.json", "--plot", tmp_path / "d.svg", *words[-2:])
     assert again.exit_code == 0, again.output
@@ -232,6 +262,7 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
         (("--nfe", 6), "it has NFE 5, 7"),
         (("--nfe", 7, "--schedule", "1"), "give best, or K,B"),
         (("--nfe", 7, "--schedule", "a,b"), "is no list of numbers"),
+        (("--nfe", 7, *(("--schedule", "0,1.01") * 4)), "--schedule: at most 3"),
         (("--nfe", 7, "--late", "x"), "--late: 'x' is no list of numbers"),
         (("--nfe", 7, "--late", "3"), "where a step begins, at evaluation 0, 2, 4, 6, not 3"),
         (("--nfe", 7, "--schedule", "best"), "has no result for model cloud"),
