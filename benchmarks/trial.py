@@ -6,17 +6,21 @@ The pure network is NFE calls on the same images, nothing else; a trial's time o
 timed one after the other with the device waited for, and the trial as it runs, so that `rest` is what they overlap
 (negative) or what none of them is. Operations and bytes are counted: those of convolutions, matrix products and
 attention, as if everything between were fused into them. What the machine can do is measured, with one large matrix
-product and one large copy.
+product and one large copy. Where the network's own time goes is what torch's profiler saw in one call of it.
 """
 
 import math
+import os
+import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,6 +46,19 @@ from search.evaluator import BLOCK
 NFES = (20, 100)
 _ROUNDS = 3
 _HEAVY = ("convolution", "mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
+# What a kernel of a GPU, or an operator on a processor, is for, by its name; the first that fits counts.
+_KERNELS = (
+    ("norms", r"^triton_(red|per)"),  # first: what torch compiles is named after all that it has fused
+    ("elementwise", r"^triton_poi|^cpp_fused"),
+    ("attention", r"flash|fmha|attention|sdpa|softmax"),
+    (
+        "convolutions and matrix products",
+        r"conv|gemm|cutlass|xmma|cudnn|nvjet|winograd|mm\b|mkldnn|onednn|linear",
+    ),
+    ("norms", r"norm|reduce|mean|var"),
+    ("elementwise", r"elementwise|vectorized|silu|sigmoid|add|mul|div|sub"),
+    ("copies", r"mem(cpy|set)|copy|cat|clone|fill|contiguous"),
+)
 
 
 class _Bytes(TorchDispatchMode):
@@ -88,6 +105,32 @@ def counted(case: Case) -> tuple[float, float]:
         if network is not None:
             model.network = network  # type: ignore[attr-defined]
     return flops.get_total_flops() / count, bytes_.total / count
+
+
+@torch.no_grad()
+def kernels(case: Case) -> dict[str, float]:
+    """Shares of the network's time in one call, by what its kernels are for."""
+    x, network = case.batch(case.sampler.size), case.network(case.sampler.size)
+    network(x, 0)
+    gpu = case.device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on a processor that there is no GPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities) as seen:
+        network(x, 0)
+        if gpu:
+            torch.cuda.synchronize()
+    found: defaultdict[str, float] = defaultdict(float)
+    for event in seen.key_averages():
+        taken = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if taken > 0:
+            found[purpose(event.key)] += taken
+    total = math.fsum(found.values())
+    return {name: taken / total for name, taken in sorted(found.items(), key=lambda one: -one[1])}
+
+
+def purpose(kernel: str) -> str:
+    """What a kernel is for."""
+    return next((name for name, words in _KERNELS if re.search(words, kernel, re.IGNORECASE)), "other")
 
 
 @torch.no_grad()
@@ -146,6 +189,7 @@ def measure(job: Path, images: int, nfes: tuple[int, ...] = NFES) -> Found:
         nfes = (case.sampling.nfe,)
     splits = {nfe: split(case.at(nfe), images) for nfe in nfes}
     memory = peaks()
+    shares = kernels(case)
     flops, moved = counted(case)
     matrix, copy = machine_rates(case.device, getattr(torch, case.evaluator.precision))
     per_call = splits[nfes[0]]["network"] / (images * nfes[0])
@@ -161,6 +205,7 @@ def measure(job: Path, images: int, nfes: tuple[int, ...] = NFES) -> Found:
         "share_of_matrix_rate": flops / per_call / matrix,
         "share_of_bandwidth": moved / per_call / copy,
         "images_per_second": 1 / per_call,
+        "kernels": shares,
         **memory,
     }
 
@@ -180,6 +225,8 @@ def table(found: Found) -> list[str]:
         f"{found['flops_per_image'] / 1e9:.3g} GFLOP and {megabytes(found['bytes_per_image'])} at least per image: "
         f"{found['share_of_matrix_rate']:.1%} of {found['matrix_rate'] / 1e12:.3g} TFLOP/s, "
         f"{found['share_of_bandwidth']:.1%} of {found['copy_rate'] / 1e9:,.0f} GB/s; {binds} binds first",
+        "  where its time goes: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in found["kernels"].items()),
         f"  memory: {megabytes(found['host_peak'])} on the host, {megabytes(found['device_peak'])} on the device",
     ]
 
