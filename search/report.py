@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from objectives.paired import packed_difference_error
 from storage import CONFIRM, STALE_S, Best, Evaluation, Job
 
 _ORDER = (
@@ -83,26 +84,22 @@ def runner_up(best: Best, tried: Sequence[Evaluation]) -> RunnerUp | None:
 
     Each is compared at the most images that both have. None where there is no other, or no influence is known.
     """
-    from objectives.paired import difference_error, first, unpack  # numpy, which no other report needs
-
     winner = next(one for one in tried if one.number == best.number)
-    mine = unpack(winner.influence)
     found = []
     for one in tried:
-        theirs = unpack(one.influence)
         common = winner.rungs.keys() & one.rungs.keys()
         if (
             one.id == winner.id
             or one.state not in ("complete", "pruned")
             or one.seed != winner.seed
             or one.is_baseline
-            or mine is None
-            or theirs is None
+            or not winner.influence
+            or not one.influence
             or not common
         ):
             continue
         images = max(common)
-        error = difference_error(first(mine, images), first(theirs, images))
+        error = packed_difference_error(winner.influence, one.influence, images)
         behind = one.rungs[images] - winner.rungs[images]
         found.append(RunnerUp(one.k, one.b, one.mean, one.parameters, images, behind, error))
     # The same number of images for all of them: only then are they compared with each other.

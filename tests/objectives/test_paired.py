@@ -16,6 +16,7 @@ from objectives.paired import (
     difference_error,
     first,
     pack,
+    packed_difference_error,
     standard_error,
     unpack,
 )
@@ -51,6 +52,14 @@ def test_what_is_packed_is_unpacked_on_any_machine() -> None:
     assert found.dtype == np.float32
     found[0] = 1.0  # nobody else's memory
     assert unpack(b"") is None
+
+
+@pytest.mark.parametrize("images", [1, BLOCK, BLOCK + 1, 500])
+def test_the_error_of_a_difference_is_the_same_from_what_is_packed(images: int) -> None:
+    one, other = (np.random.default_rng(seed).normal(size=100).astype(np.float32) for seed in (2, 3))
+    wanted = difference_error(first(one, images), first(other, images))
+    assert packed_difference_error(pack(one), pack(other), images) == pytest.approx(wanted, rel=1e-6)
+    assert (wanted > 0) == (images > BLOCK)
 
 
 def test_the_error_of_a_mean_of_blocks_is_that_of_independent_numbers() -> None:
