@@ -12,6 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -384,20 +385,20 @@ def _message(error: Exception) -> str:
 def units(rungs: Sequence[int], unit: int, workers: int = 1) -> list[tuple[int, int, int]]:
     """The calls that make up a trial: (rung index, first image, end), in order.
 
-    Up to each rung the images are shared evenly among so many workers, in calls of at most `unit` images that begin and
-    end at whole blocks of the cache where they can.
+    Up to each rung so many workers get the same number of calls, of at most `unit` images and larger ones first, so
+    that all are done at about the same time. Calls begin and end at whole blocks of the cache where they can, and at
+    every second one where there is enough for all: a network call on a GPU has as many images, and no fewer.
     """
     calls, start = [], 0
     for rung, end in enumerate(rungs):
-        each = -(-(end - start) // workers)
-        each = min(unit, -(-each // _BLOCK) * _BLOCK)
-        while start < end:
-            stop = start + each
-            if each > _BLOCK:
-                stop -= stop % _BLOCK
-            stop = min(stop, end)
-            calls.append((rung, start, stop))
-            start = stop
+        grid = min(unit, 2 * _BLOCK if end - start >= workers * unit else _BLOCK)
+        edges = [start, *range((start // grid + 1) * grid, end, grid), end]
+        cells = len(edges) - 1
+        count = min(cells, workers * -(-cells // (workers * (unit // grid))))
+        each, more = divmod(cells, count)
+        at = [number * each + min(number, more) for number in range(count + 1)]
+        calls += [(rung, edges[a], edges[b]) for a, b in pairwise(at)]
+        start = end
     return calls
 
 

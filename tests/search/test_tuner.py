@@ -160,7 +160,29 @@ ALL = [(10, 10.0), (25, 25.0), (60, 60.0)]  # the number of images as distance: 
 
 
 def test_units_cover_every_image_once_and_stop_at_rungs():
-    assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 17), (1, 17, 24), (1, 24, 25)]
+    assert units([10, 25], 7) == [(0, 0, 7), (0, 7, 10), (1, 10, 14), (1, 14, 21), (1, 21, 25)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "sizes"),
+    [
+        (1, [2000] * 5),
+        (2, [2000, 2000, 1500, 1500, 1500, 1500]),
+        (4, [1500] * 4 + [1000] * 4),
+        (8, [1250] * 8),
+        (16, [750] * 8 + [500] * 8),
+        (64, [250] * 40),
+    ],
+)
+def test_units_give_every_worker_the_same_number_of_images(workers, sizes):
+    assert [stop - start for _, start, stop in units([10_000], 2000, workers)] == sizes
+
+
+def test_units_end_at_whole_blocks_also_after_a_rung_that_does_not():
+    found = units([600, 5750], 2000, 2)
+    assert [start % 250 for _, start, _ in found if start != 600] == [0] * (len(found) - 1)
+    by_worker = [sum(stop - start for rung, start, stop in found[i::2] if rung == 1) for i in range(2)]
+    assert max(by_worker) - min(by_worker) <= 750
 
 
 @pytest.mark.parametrize("rungs", [[50], [100, 300, 600], [500, 3250, 10_000]])
@@ -274,7 +296,7 @@ def test_a_trial_whose_own_process_is_killed_is_told_as_lost_without_a_traceback
 
 def test_images_that_kill_every_worker_end_the_search(workers):
     error = alone(workers({"dies": [10], "once": ""}))[-1]
-    assert (error["fatal"], "images 10 to 16: 4 workers died with them" in error["error"]) == (True, True)
+    assert (error["fatal"], "images 10 to 13: 4 workers died with them" in error["error"]) == (True, True)
 
 
 def test_a_worker_that_comes_late_gets_work_in_the_middle_of_a_trial(workers, tmp_path):
