@@ -251,10 +251,6 @@ def measure(restarts: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _columns(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
