@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -48,6 +49,21 @@ class Compiled(Generic[P, R]):
             )
             self.failed = True
         return self._plain(*args, **kwargs)
+
+
+def fused(plain: Callable[P, R], **options: Any) -> Callable[P, R]:
+    """The same elementwise function of tensors and numbers, as one kernel where its first tensor lies on a GPU.
+
+    Numbers may change from call to call; the results change by rounding. options: of torch.compile.
+    """
+    compiled = Compiled(plain, plain.__name__, **{"dynamic": True, **options})
+
+    @wraps(plain)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        return (compiled if first.device.type == "cuda" else plain)(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

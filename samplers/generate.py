@@ -38,6 +38,7 @@ _SIZES = (
     2,
     1,
 )  # images of one call, which divide most ranges that are asked for
+_LAST = 4  # where a step begins, of one evaluation or of two
 _SHARE = 0.5  # of the free memory of a GPU that a call may take; features, noise and decoders want some too
 Observe = Callable[[int, Tensor, Tensor], None]
 """observe(t, x, eps): the states of a batch that the network saw at evaluation t, and the noise that it predicted,
@@ -114,12 +115,24 @@ class Sampler:
         return predict
 
     def warm_up(self) -> None:
-        """Compile what is to be compiled: one call, so that the first images cost what all others do."""
+        """Compile what is to be compiled, so that the first images cost what all others do."""
         if self.device.type != "cuda":
             return
-        with torch.no_grad(), once_per_host(self.model.fingerprint, self.size, self.precision):
-            self._one_call(self.size)
+        with once_per_host(self.model.fingerprint, self.size, self.precision):
+            self.rehearse()
             torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Take one micro-batch through the last evaluations, which call all that the others do."""
+        plan = self.sampling.plan(self.model)
+        if plan.tail is None:  # the library's schedulers and LDM's DDIM compile nothing of their own
+            self._one_call(self.size)
+            return
+        if self.sampling.nfe > _LAST:
+            plan = plan.tail(_LAST)
+        ids = torch.arange(self.size, device=self.device)
+        self.model.pixels(self._states(plan, Schedule.uniform(len(plan.times), 1.0), ids, None))
 
     @torch.no_grad()
     def fitted(self) -> Self:

@@ -3,7 +3,7 @@
 They know nothing of λ, checkpoints, labels or how random numbers are made. A solver that needs another prior
 (its start is the caller's) or another step is another function here. Numbers that depend on the grid alone
 are float64 on the host before the loop and enter it as Python floats, which take the state's dtype; nothing
-in a loop waits for the device.
+in a loop waits for the device. What a step does to every element is a function of its own, one kernel on a GPU.
 """
 
 import math
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samplers.compiling import fused
 from samplers.errors import InputError
 from samplers.grids import DiscreteGrid, SigmaGrid
 from samplers.guidance import Gradient
@@ -55,53 +56,70 @@ def ddpm(
     ratio = np.sqrt(1 / grid.abar - 1).tolist()
     weight_x0 = (grid.beta * np.sqrt(grid.abar_prev) / (1 - grid.abar)).tolist()
     weight_x = ((1 - grid.abar_prev) * np.sqrt(1 - grid.beta) / (1 - grid.abar)).tolist()
-    spread = _Spread(grid, variance)
+    spread = _spread(grid, variance)
     for t in reversed(range(grid.nfe)):
         eps, v = predict(x, t)
-        x0 = root[t] * x - ratio[t] * eps
-        if clip:
-            x0 = x0.clamp(-1, 1)
-        mean = weight_x0[t] * x0 + weight_x[t] * x
-        if gradient is not None:
-            mean = mean + spread.variance(t, v) * gradient(x, t)
-        x = mean + spread.deviation(t, v) * noise(t) if t > 0 else mean
-    return x
-
-
-class _Spread:
-    """Variance and standard deviation of an ancestral step: numbers, or tensors where the network has a
-    say."""
-
-    def __init__(self, grid: DiscreteGrid, variance: Variance) -> None:
-        posterior = grid.posterior_variance
-        self._fixed: list[float] | None
-        # At t = 0 the posterior variance is 0: guided-diffusion puts that of t = 1 where its logarithm is
-        # needed, and in place of the first β of "fixed_large".
-        lifted = np.append(posterior[1], posterior[1:])
-        if variance == "fixed_small":
-            self._fixed = posterior.tolist()
-        elif variance == "fixed_large":
-            self._fixed = np.append(posterior[1], grid.beta[1:]).tolist()
-        elif variance == "learned_range":
-            self._fixed = None
-        else:
-            raise InputError(f"variance must be fixed_small, fixed_large or learned_range, not {variance!r}")
-        self._log_high: list[float] = np.log(grid.beta).tolist()
-        self._log_low: list[float] = np.log(lifted).tolist()
-
-    def _log(self, t: int, v: Tensor | None) -> Tensor:
-        if v is None:
+        if variance != "learned_range":
+            v = None
+        elif v is None:
             raise InputError(
                 "variance 'learned_range' needs a network that predicts it (learn_sigma); use fixed_large"
             )
+        push = None if gradient is None else gradient(x, t)
+        z = noise(t) if t > 0 else None
+        x = _ancestral_step(
+            x, eps, v, push, z, root[t], ratio[t], weight_x0[t], weight_x[t], *spread[t], clip
+        )
+    return x
+
+
+@fused
+def _ancestral_step(
+    x: Tensor,
+    eps: Tensor,
+    v: Tensor | None,
+    push: Tensor | None,
+    z: Tensor | None,
+    root: float,
+    ratio: float,
+    weight_x0: float,
+    weight_x: float,
+    low: float,
+    high: float,
+    clip: bool,
+) -> Tensor:
+    """From x_t to x_{t-1}, see `ddpm`. low, high: logarithms of the two variances that v lies between; without v the
+    variance and its root."""
+    x0 = root * x - ratio * eps
+    if clip:
+        x0 = x0.clamp(-1, 1)
+    mean = weight_x0 * x0 + weight_x * x
+    log = None
+    if v is not None:
         part = (v + 1) / 2
-        return part * self._log_high[t] + (1 - part) * self._log_low[t]
+        log = part * high + (1 - part) * low
+    if push is not None:
+        mean = mean + (low if log is None else log.exp()) * push
+    if z is None:
+        return mean
+    return mean + (high if log is None else (0.5 * log).exp()) * z
 
-    def variance(self, t: int, v: Tensor | None) -> Tensor | float:
-        return self._log(t, v).exp() if self._fixed is None else self._fixed[t]
 
-    def deviation(self, t: int, v: Tensor | None) -> Tensor | float:
-        return (0.5 * self._log(t, v)).exp() if self._fixed is None else math.sqrt(self._fixed[t])
+def _spread(grid: DiscreteGrid, variance: Variance) -> list[tuple[float, float]]:
+    """What `_ancestral_step` takes as low and high at each t."""
+    posterior = grid.posterior_variance
+    # At t = 0 the posterior variance is 0: guided-diffusion puts that of t = 1 where its logarithm is
+    # needed, and in place of the first β of "fixed_large".
+    if variance == "learned_range":
+        lifted = np.append(posterior[1], posterior[1:])
+        return list(zip(np.log(lifted).tolist(), np.log(grid.beta).tolist(), strict=True))
+    if variance == "fixed_small":
+        fixed = posterior.tolist()
+    elif variance == "fixed_large":
+        fixed = np.append(posterior[1], grid.beta[1:]).tolist()
+    else:
+        raise InputError(f"variance must be fixed_small, fixed_large or learned_range, not {variance!r}")
+    return [(one, math.sqrt(one)) for one in fixed]
 
 
 @torch.no_grad()
@@ -125,14 +143,31 @@ def ddim(
     weight_x0 = np.sqrt(grid.abar_prev).tolist()
     weight_eps = np.sqrt(np.maximum(1 - grid.abar_prev - eta**2 * share, 0.0)).tolist()
     for t in reversed(range(grid.nfe)):
-        x0 = root[t] * x - ratio[t] * predict(x, t).eps
-        if clip:
-            x0 = x0.clamp(-1, 1)
-        eps = (root[t] * x - x0) / ratio[t]
-        x = weight_x0[t] * x0 + weight_eps[t] * eps
-        if sigma[t] > 0:
-            x = x + sigma[t] * noise(t)
+        eps = predict(x, t).eps
+        z = noise(t) if sigma[t] > 0 else None
+        x = _ddim_step(x, eps, z, root[t], ratio[t], weight_x0[t], weight_eps[t], sigma[t], clip)
     return x
+
+
+@fused
+def _ddim_step(
+    x: Tensor,
+    eps: Tensor,
+    z: Tensor | None,
+    root: float,
+    ratio: float,
+    weight_x0: float,
+    weight_eps: float,
+    sigma: float,
+    clip: bool,
+) -> Tensor:
+    """From x_t to x_{t-1}, see `ddim`."""
+    x0 = root * x - ratio * eps
+    if clip:
+        x0 = x0.clamp(-1, 1)
+    eps = (root * x - x0) / ratio
+    x = weight_x0 * x0 + weight_eps * eps
+    return x if z is None else x + sigma * z
 
 
 def check_eta(eta: float) -> None:
@@ -163,13 +198,37 @@ def edm(predict: Predict, x: Tensor, grid: SigmaGrid, noise: Noise) -> Tensor:
             x = step.stretch * x
         if step.noise > 0:
             x = x + step.noise * noise(t)
-        slope = drift[t] * x + gain[t] * predict(x, t).eps
+        length = alpha * step.length if step.corrected else step.length
+        slope, ahead = _euler_step(x, predict(x, t).eps, drift[t], gain[t], length)
         if step.corrected:
-            ahead = x + alpha * step.length * slope
-            second = drift[t - 1] * ahead + gain[t - 1] * predict(ahead, t - 1).eps
-            slope = (1 - 1 / (2 * alpha)) * slope + 1 / (2 * alpha) * second
-        x = x + step.length * slope
+            eps = predict(ahead, t - 1).eps
+            share = 1 / (2 * alpha)
+            ahead = _corrected(x, slope, ahead, eps, drift[t - 1], gain[t - 1], share, step.length)
+        x = ahead
     return x
+
+
+@fused
+def _euler_step(x: Tensor, eps: Tensor, drift: float, gain: float, length: float) -> tuple[Tensor, Tensor]:
+    """The slope at x, and where it leads, see `edm`."""
+    slope = drift * x + gain * eps
+    return slope, x + length * slope
+
+
+@fused
+def _corrected(
+    x: Tensor,
+    slope: Tensor,
+    ahead: Tensor,
+    eps: Tensor,
+    drift: float,
+    gain: float,
+    share: float,
+    length: float,
+) -> Tensor:
+    """Where the mean of the slopes at x and ahead leads, see `edm`."""
+    second = drift * ahead + gain * eps
+    return x + length * ((1 - share) * slope + share * second)
 
 
 def change_of_variables(predict: Predict, grid: SigmaGrid) -> Predict:

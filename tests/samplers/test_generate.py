@@ -10,7 +10,7 @@ from samplers.errors import NonFiniteError
 from samplers.generate import Sampler
 from samplers.models.compiled import make_fast
 from samplers.models.load import load_model
-from samplers.sampling import DDIM, DDPM, EDM
+from samplers.sampling import DDIM, DDPM, EDM, LDM
 from samplers.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -104,6 +104,32 @@ def test_a_class_conditional_network_gets_the_labels_of_the_images(tmp_path):
     split = Sampler(model, sampling, CPU, micro_batch=5).images(Schedule.uniform(5, 1.0), 32, 64)
     assert torch.equal(whole[32:], split)
     assert len(whole.flatten(1).unique(dim=0)) > 4
+
+
+@pytest.mark.parametrize(
+    ("time", "sampling", "evaluations"),
+    [
+        ("discrete", DDPM("ddpm", 20), [4, 3, 2, 1, 0]),
+        ("discrete", DDIM("ddim", 3, eta=0.5), [2, 1, 0]),
+        ("sigma", EDM("heun", 9), [4, 3, 2, 1, 0]),
+        ("sigma", EDM("euler", 9), [4, 3, 2, 1, 0]),
+        ("discrete", LDM("ldm_ddim", 50), [0]),
+    ],
+)
+def test_a_rehearsal_is_of_one_micro_batch_and_the_last_evaluations(time, sampling, evaluations):
+    model, asked = cloud(time), []
+
+    class Asked:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def __call__(self, x, time, labels):
+            asked.append((len(x), time))
+            return model(x, time, labels)
+
+    Sampler(Asked(), sampling, CPU, micro_batch=6).rehearse()
+    times = sampling.plan(model).times
+    assert asked == [(6, float(times[t])) for t in evaluations]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

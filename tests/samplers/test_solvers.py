@@ -1,6 +1,8 @@
 """The solvers on data whose exact denoiser is known: a Gaussian N(mean, spread) in every pixel."""
 
+import inspect
 import math
+import shutil
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo import lookup_backend
 
+from samplers import solvers
 from samplers.errors import InputError
 from samplers.grids import Churn, DiscreteGrid, discrete_grid, sigma_grid, training_betas
 from samplers.guidance import guided
@@ -254,6 +258,46 @@ def test_float32_state_equals_the_float64_one_to_a_hundred_thousandth(solver: st
     single, double = sample(torch.float32), sample(torch.float64)
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("solver", "graphs"), [("ddpm", 3), ("ddim", 3), ("heun", 4), ("euler", 2)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_steps_are_compiled_for_all_evaluations_and_change_the_image_by_rounding(
+    solver: str, graphs: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler on a processor")
+    compiled: list[str] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph.code)
+        return lookup_backend(backend)(graph, inputs)
+
+    def predict(x: Tensor, t: int) -> Prediction:
+        """As a network answers: eps and v are halves of the channels of one channels_last tensor."""
+        both = torch.cat(wavy(x, t), dim=1).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+        return Prediction(both[:, :3], both[:, 3:])
+
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(5, 3, 4, 4, generator=generator)
+    draws = torch.randn(19, 5, 3, 4, 4, generator=generator)
+
+    def sample() -> Tensor:
+        if solver == "heun" or solver == "euler":
+            levels = sigma_grid(19, method=solver, churn=Churn(amount=5.0))
+            return edm(predict, levels.start * start, levels, lambda t: draws[t])
+        grid = discrete_grid(training_betas("linear", 1000), "19")
+        if solver == "ddim":
+            return ddim(predict, start, grid, lambda t: draws[t], eta=0.5)
+        return ddpm(predict, start, grid, lambda t: draws[t], variance="learned_range")
+
+    plain = sample()
+    torch.compiler.reset()
+    for name in ("_ancestral_step", "_ddim_step", "_euler_step", "_corrected"):
+        step = inspect.unwrap(getattr(solvers, name))
+        monkeypatch.setattr(solvers, name, torch.compile(step, dynamic=True, backend=counting))
+    torch.testing.assert_close(sample(), plain, rtol=0, atol=2e-6 * float(plain.abs().max()))
+    assert 0 < len(compiled) <= graphs
 
 
 def test_no_solver_reads_a_value_back_from_the_device() -> None:
