@@ -13,7 +13,17 @@ from typing import Any
 from search import plots, sensitivity
 from search.bias import Diagnosis
 from search.plots import Plot
-from search.report import amount, best_as_dict, best_in_words, duration, error_bar, gain, metric, number
+from search.report import (
+    amount,
+    best_as_dict,
+    best_in_words,
+    duration,
+    error_bar,
+    gain,
+    metric,
+    number,
+    parameter_names,
+)
 from search.sensitivity import Sensitivity
 from storage import CONFIRM, Best, Evaluation, Job, NotInStore, Store
 
@@ -301,12 +311,14 @@ def _side_by_side(others: Sequence[Best]) -> Table:
 
 
 def _trials(evaluations: Sequence[Evaluation]) -> Table:
+    names = parameter_names(evaluations)
     rows = [
         (
             str(e.number),
             e.phase,
             number(round(e.mean, 6)),
             number(None if e.k is None else round(e.k, 6)),
+            *(number(e.parameters.get(name)) for name in names),
             f"{e.images:,}",
             amount(e.distance),
             error_bar(e.standard_error),
@@ -315,7 +327,7 @@ def _trials(evaluations: Sequence[Evaluation]) -> Table:
         )
         for e in evaluations
     ]
-    header = ("trial", "phase", "mean λ", "k", "images", "distance", "±", "gain over λ = 1", "state")
+    header = ("trial", "phase", "mean λ", "k", *names, "images", "distance", "±", "gain over λ = 1", "state")
     return Table("Trials", header, tuple(rows), "pruned: ended with fewer images than a full trial.")
 
 

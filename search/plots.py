@@ -6,7 +6,7 @@ interactive plots of Optuna's dashboard.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from objectives.paired import difference_error, first, unpack
 from search.bias import Diagnosis
-from search.report import number
+from search.report import number, parameter_names
 from search.sensitivity import COORDINATES, Fitted, position, searched, surface
 from storage import CONFIRM, Evaluation, Job
 
@@ -91,6 +91,7 @@ def of_job(job: Job, evaluations: Sequence[Evaluation]) -> tuple[Plot, ...]:
     plots = (
         distances(job, evaluations, 0, fitted),
         distances(job, evaluations, 1, fitted),
+        parameters(job, evaluations),
         schedules(evaluations, job),
         rungs(job, evaluations),
         cost(job, evaluations),
@@ -133,7 +134,6 @@ def distances(job: Job, evaluations: Sequence[Evaluation], axis: int, fitted: Fi
 
 
 def _panel(group: list[Evaluation], axis: int, images: int, fresh: bool, fitted: Fitted | None) -> Panel:
-    lowest = min(group, key=lambda e: e.rungs[images])
     series = []
     lines: dict[float, dict[float, float]] = {}
     for e in group:
@@ -158,21 +158,55 @@ def _panel(group: list[Evaluation], axis: int, images: int, fresh: bool, fitted:
         section = _section(group, axis, images, fitted)
         if section is not None:
             series.append(section)
+    series += _points(group, images, lambda e: position(e)[axis])
+    return Panel(f"{images:,} images{', fresh random numbers' if fresh else ''}", tuple(series))
+
+
+def _points(group: list[Evaluation], images: int, place: Callable[[Evaluation], float]) -> list[Series]:
+    """A series for each phase of a group of trials, at `place`."""
+    lowest = min(group, key=lambda e: e.rungs[images])
     by_phase: dict[str, list[Evaluation]] = {}
     for e in group:
         by_phase.setdefault("baseline" if e.is_baseline else e.phase, []).append(e)
-    for phase, members in by_phase.items():
-        series.append(
-            Series(
-                "λ = 1" if phase == "baseline" else phase,
-                _LOOKS.get(phase, "fourth"),
-                tuple(position(e)[axis] for e in members),
-                tuple(e.rungs[images] for e in members),
-                tuple(_error(e, lowest, images) for e in members),
-                tuple(_text(e, images) for e in members),
-            )
+    return [
+        Series(
+            "λ = 1" if phase == "baseline" else phase,
+            _LOOKS.get(phase, "fourth"),
+            tuple(place(e) for e in members),
+            tuple(e.rungs[images] for e in members),
+            tuple(_error(e, lowest, images) for e in members),
+            tuple(_text(e, images) for e in members),
         )
-    return Panel(f"{images:,} images{', fresh random numbers' if fresh else ''}", tuple(series))
+        for phase, members in by_phase.items()
+    ]
+
+
+def parameters(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
+    """The distance over each of the solver's numbers that was searched beside λ, on the number of images at which most
+    values of it were tried. Where a trial left it alone it is what the job says."""
+    tried = [e for e in evaluations if e.seed == job.seed and e.distance is not None]
+    panels = []
+    for name in parameter_names(tried):
+        groups: dict[int, list[Evaluation]] = {}
+        for e in tried:
+            for images in e.rungs:
+                groups.setdefault(images, []).append(e)
+
+        def value(e: Evaluation, name: str = name) -> float:
+            return float(e.parameters.get(name, job.sampling.get(name) or 0.0))
+
+        images, group = max(
+            groups.items(), key=lambda one: (len({value(e) for e in one[1] if e.parameters}), -one[0])
+        )
+        panels.append(Panel(f"{name}, {images:,} images", tuple(_points(group, images, value))))
+    return Plot(
+        key="distance-over-parameters",
+        title="Distance over the solver's numbers",
+        x_label="value",
+        y_label=job.evaluator.objective,
+        panels=tuple(panels),
+        note="Bars: standard error of the difference to the lowest point of the panel. λ differs between the points.",
+    )
 
 
 def _section(group: Sequence[Evaluation], axis: int, images: int, fitted: Fitted) -> Series | None:
@@ -203,8 +237,9 @@ def _error(e: Evaluation, lowest: Evaluation, images: int) -> float:
 
 
 def _text(e: Evaluation, images: int) -> str:
-    mean, k = position(e)
-    return f"trial {e.number}, {e.phase}: mean λ {number(round(mean, 6))}, k {number(round(k, 6))}, {images:,} images"
+    mean, k = (number(round(x, 6)) for x in position(e))
+    more = "".join(f", {name} {number(x)}" for name, x in e.parameters.items())
+    return f"trial {e.number}, {e.phase}: mean λ {mean}, k {k}{more}, {images:,} images"
 
 
 # --- schedules ----------------------------------------------------------------------------------------------

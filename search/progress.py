@@ -23,6 +23,7 @@ class TerminalWatcher:
 
     def __init__(self, job: Job, console: Console) -> None:
         self._job, self._console = job, console
+        self._parameters = tuple(job.spec.get("search", {}).get("parameters", ()))
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,8 +45,9 @@ class TerminalWatcher:
             f"NFE {self._job.nfe}, {self._job.images:,} images a trial; distance: {self._job.evaluator.objective}",
             soft_wrap=True,
         )
+        more = "".join(f"{name:>9}  " for name in self._parameters)
         self._console.print(
-            f"{'trial':>5}  {'phase':8}  {'mean λ':>8}  {'k':>9}  {'images':>7}  "
+            f"{'trial':>5}  {'phase':8}  {'mean λ':>8}  {'k':>9}  {more}{'images':>7}  "
             f"{'distance':>9} {'±':7} {'gain over λ = 1':20}  {'time':>6}",
             soft_wrap=True,
         )
@@ -79,9 +81,11 @@ class TerminalWatcher:
             result = f"{evaluation.state}: {evaluation.error}"
         assert evaluation.finished_at is not None
         k = number(None if evaluation.k is None else round(evaluation.k, 6))
+        tried = (number(evaluation.parameters.get(name)) for name in self._parameters)
+        more = "".join(f"{value:>9}  " for value in tried)
         wall = (evaluation.finished_at - evaluation.started_at).total_seconds()
         self._console.print(
-            f"{evaluation.number:5}  {evaluation.phase:8}  {evaluation.mean:8.5g}  {k:>9}  "
+            f"{evaluation.number:5}  {evaluation.phase:8}  {evaluation.mean:8.5g}  {k:>9}  {more}"
             f"{evaluation.images:>7,}  {result:<39}  {duration(wall):>6}",
             highlight=False,
             soft_wrap=True,

@@ -65,6 +65,11 @@ def gain(evaluation: Evaluation) -> str:
     return f"{amount(evaluation.gain, '+')} {error_bar(evaluation.gain_error)}".rstrip()
 
 
+def parameter_names(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    """The solver's numbers that were searched beside λ."""
+    return tuple(dict.fromkeys(name for one in evaluations for name in one.parameters))
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerUp:
     """The schedule that came nearest to the best one: `behind` it by a paired difference with `behind_error`, on the

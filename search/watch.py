@@ -75,6 +75,7 @@ def line(job: Job, tried: Sequence[Evaluation], expected: int | None, now: datet
     best = best_so_far(ended)
     if best is not None:
         k = "" if not best.k else f", k {number(round(best.k, 6))}"
+        k += "".join(f", {name} {number(x)}" for name, x in best.parameters.items())
         value = f"{best.distance:.4g} {error_bar(best.standard_error)}".rstrip()
         parts.append(f"best {value} at mean λ {number(round(best.mean, 6))}{k} ({best.images:,} images)")
     if job.finished_at is None and rate is not None and expected is not None:

@@ -54,6 +54,23 @@ def test_a_panel_holds_distances_of_one_image_count_and_seed_and_lines_join_what
     assert not any(series.joined for series in fresh[0].series)
 
 
+def test_numbers_of_the_solver_have_a_panel_each_where_most_values_were_tried(searched):
+    job, evaluations = searched
+    assert plots.parameters(job, evaluations).panels == ()
+    mine = [e for e in evaluations if e.seed == job.seed]
+    first = min(mine[0].rungs)
+    tried = [
+        replace(e, parameters={"eta": 0.125 * e.number, "S_noise": 1.003} if e.number else {}) for e in mine
+    ]
+    eta, s_noise = plots.parameters(replace(job, sampling={"S_noise": 1.0}), tried).panels
+    assert eta.title == f"eta, {first:,} images"
+    at = {x: y for series in eta.series for x, y in zip(series.x, series.y, strict=True)}
+    assert at == {0.125 * e.number: e.rungs[first] for e in mine if first in e.rungs}
+    assert {x for series in s_noise.series for x in series.x} == {1.0, 1.003}
+    assert any("eta 0.125" in text for series in eta.series for text in series.texts)
+    assert [plot.key for plot in plots.of_job(job, tried)].count("distance-over-parameters") == 1
+
+
 def test_error_bars_are_those_of_the_difference_to_the_lowest(searched):
     panel = plots.distances(*searched, 0, None).panels[0]
     dots = [series for series in panel.series if series.markers]
