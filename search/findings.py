@@ -12,6 +12,7 @@ from typing import Any
 
 from search import plots, sensitivity
 from search.bias import Diagnosis
+from search.planning import at_the_edge
 from search.plots import Plot
 from search.report import (
     amount,
@@ -25,6 +26,7 @@ from search.report import (
     parameter_names,
 )
 from search.sensitivity import Sensitivity
+from search.spec import SearchSpec
 from storage import CONFIRM, Best, Evaluation, Job, NotInStore, Store
 
 _PAGE = 500
@@ -66,7 +68,12 @@ class Findings:
         """The result in one paragraph."""
         if self.best is None:
             return f"Job {self.job.id} is {self.job.status} and has no result yet."
-        return best_in_words(self.best)
+        words = best_in_words(self.best)
+        edge = None
+        with suppress(ValueError):  # the job file of another version
+            search = SearchSpec.model_validate(self.job.spec.get("search", {}))
+            edge = at_the_edge(search, self.best)
+        return words if edge is None else f"{words} {edge[0].upper()}{edge[1:]}."
 
     @property
     def tables(self) -> tuple[Table, ...]:

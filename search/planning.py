@@ -1,6 +1,6 @@
 """From a job to the strategy of one of its searches: coordinates, bounds, first steps and the budget.
 
-Knows the strategies and what a job file may say of them; nothing of how they work, of trials or of the store.
+Knows the strategies and what a job file may say of them; nothing of how they work or of trials.
 """
 
 import math
@@ -15,6 +15,7 @@ from search.strategies.adaptive import AdaptiveStrategy, Axis
 from search.strategies.base import Strategy
 from search.strategies.confirm import Confirmed
 from search.strategies.paper import PaperStrategy
+from storage import Best
 
 _B_STEP = {"discrete": 0.01, "sigma": 0.002}  # first steps of the mean λ away from where it starts
 _B_RANGE = (0.9, 1.2)
@@ -23,6 +24,7 @@ _BENDS = (
     8  # of a free schedule at most: NFE up to 10 have one λ per evaluation, larger ones a curve of degree 9
 )
 _BEND_RANGE = (-0.2, 0.2)
+_EDGE = 0.01  # of a range: what is nearer to its end is at the edge
 _LEAST_RUNG = 50
 _GRID = 250
 _PER_AXIS = 1.2  # full trials' images for each coordinate beyond the mean and k
@@ -78,8 +80,7 @@ def _inner(
         raise InputError(f"b.step is {step}: it must be finite and above 0")
     axes = [Axis("mean", mean, step if mean <= high - step else -step, low, high)]
     if nfe > 1:
-        spread = _K_SPREAD / ((nfe - 1) / 2)
-        low, high = _range(search.k, "k", (-spread, spread), inside=0.0)
+        low, high = _range(search.k, "k", _k_range(nfe), inside=0.0)
         # λ at the ends moves by k·(NFE − 1)/2: the same there is a like schedule at another NFE.
         k = 0.0 if start is None else start.k * max(start.nfe - 1, 1) / (nfe - 1)
         if low < high:
@@ -93,6 +94,30 @@ def _inner(
         return AdaptiveStrategy(nfe, tuple(axes), search.images, rung, search.budget)
     budget = round(_PER_AXIS * max(len(axes) - 2, 0) * search.images)
     return AdaptiveStrategy(nfe, tuple(axes), search.images, rung, budget, PaperStrategy.of(nfe, time))
+
+
+def at_the_edge(search: SearchSpec, best: Best) -> str | None:
+    """What to say of a best schedule that lies where its search was not allowed to go on; None for any other."""
+    if best.k is None or best.is_baseline:
+        return None
+    found = [("b", "mean λ", sum(best.lambdas) / best.nfe, _range(search.b, "b", _B_RANGE, inside=1.0))]
+    if best.nfe > 1:
+        found.append(("k", "k", best.k, _range(search.k, "k", _k_range(best.nfe), inside=0.0)))
+    for key, name, value, (low, high) in found:
+        near = _EDGE * (high - low)
+        for end, bound, away in (("start", low, value - low), ("stop", high, high - value)):
+            if low < high and away <= near:
+                return (
+                    f"the best {name} lies at the edge of the search, {bound:.4g}: with another search.{key}.{end} "
+                    "it may find better"
+                )
+    return None
+
+
+def _k_range(nfe: int) -> tuple[float, float]:
+    """The default: λ_t within _K_SPREAD of its mean."""
+    spread = _K_SPREAD / ((nfe - 1) / 2)
+    return -spread, spread
 
 
 def _parameter(sampling: Solver, name: str, low: float, high: float) -> Axis:

@@ -37,7 +37,7 @@ from search.ms_eps import Complete, complete
 from search.planning import Start
 from search.progress import TerminalWatcher
 from search.report import best_as_text, exploration, runner_up
-from search.spec import FRECHET, JobSpec, from_dict
+from search.spec import FRECHET, JobSpec, SearchSpec, from_dict
 from search.strategies.base import Strategy
 from search.study import Search
 from storage import STALE_S, ConnectionLost, Job, JobStatus, NewJob, NotInStore, Store, TakenOver, open_store
@@ -114,17 +114,21 @@ def _submit(
             pool.trim_caches(spec, nodes)
             _run(store, spec, reference, fingerprint, todo, resources, console)
         for job in jobs:
-            console.print(f"\n{_lasting(partial(_result, store, job))}", highlight=False, soft_wrap=True)
+            answer = _lasting(partial(_result, store, job, spec.search))
+            console.print(f"\n{answer}", highlight=False, soft_wrap=True)
         console.print(f"\nstore: {store.safe_url}", highlight=False, soft_wrap=True)
         return _lasting(lambda: tuple(store.job(job.id) for job in jobs))
 
 
-def _result(store: Store, job: Job) -> str:
-    """The answer to a job's question, and what its warm start has saved."""
+def _result(store: Store, job: Job, search: SearchSpec) -> str:
+    """The answer to a job's question, and what is to be known of its search."""
     best = store.best(model=job.model, dataset=job.dataset, nfe=job.nfe, solver=job.solver)
-    found = best_as_text(best, runner_up(best, store.evaluations(best.job_id)))
-    saved = warm_start_as_text(store, store.job(job.id))
-    return found if saved is None else f"{found}\n{saved}"
+    lines = [best_as_text(best, runner_up(best, store.evaluations(best.job_id)))]
+    if best.job_id == job.id and (edge := planning.at_the_edge(search, best)) is not None:
+        lines.append(f"  {edge}")
+    if (saved := warm_start_as_text(store, store.job(job.id))) is not None:
+        lines.append(saved)
+    return "\n".join(lines)
 
 
 def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:

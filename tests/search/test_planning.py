@@ -1,12 +1,14 @@
 """search.planning: which coordinates a search has, where they begin and end, and what it may spend."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from samplers.errors import InputError
 from samplers.sampling import DDIM, DDPM, EDM, Solver
-from search.planning import Start, strategy
+from samplers.schedule import Schedule
+from search.planning import Start, at_the_edge, strategy
 from search.spec import SearchSpec
 from search.strategies.adaptive import AdaptiveStrategy, Axis
 from search.strategies.base import Strategy
@@ -40,6 +42,37 @@ def test_the_usual_search_is_over_the_mean_and_k_and_is_confirmed() -> None:
     # The ends of the schedule move by 0.2 at most.
     assert (k.name, k.start, k.step) == ("k", 0.0, None)
     assert k.high * 19 / 2 == -k.low * 19 / 2 == pytest.approx(0.2)
+
+
+def best(mean: float, k: float | None, nfe: int = 20) -> Any:
+    """What `at_the_edge` asks of a result."""
+    lambdas = Schedule.linear(nfe, k or 0.0, mean - (k or 0.0) * (nfe - 1) / 2).lambdas
+    return SimpleNamespace(lambdas=lambdas, k=k, nfe=nfe, is_baseline=(mean, k) == (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("found", "search", "said"),
+    [
+        (best(1.02, 0.003), {}, None),
+        (
+            best(0.901, 0.0),
+            {},
+            "the best mean λ lies at the edge of the search, 0.9: with another search.b.start",
+        ),
+        (best(1.2, 0.001), {}, "mean λ lies at the edge of the search, 1.2: with another search.b.stop"),
+        (best(1.2, 0.001), {"b": {"stop": 1.4}}, None),
+        (best(1.02, -0.02105), {}, "k lies at the edge of the search, -0.02105: with another search.k.start"),
+        (best(1.02, 0.0), {"k": {"start": 0, "stop": 0}}, None),
+        (best(1.0, 0.0), {"b": {"start": 1.0}}, None),
+        (best(0.9, None), {}, None),
+        (best(0.9, 0.0, nfe=1), {}, "search.b.start"),
+    ],
+)
+def test_a_result_where_its_search_had_to_end_is_said_to_be(
+    found: Any, search: dict[str, Any], said: str | None
+) -> None:
+    answer = at_the_edge(SearchSpec(**search), found)
+    assert (answer is None) if said is None else (answer is not None and said in answer)
 
 
 def test_a_sigma_based_network_is_searched_in_smaller_steps() -> None:
