@@ -9,6 +9,7 @@ The random numbers are the same on both sides, so both distances are of the same
 """
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,20 @@ def measure(job: Path, images: int) -> Found:
                 Image.fromarray(pixels.squeeze()).save(Path(folder, f"{number:06d}.png"))
 
         def read() -> None:
-            theirs["statistics"] = fid_input_id_to_statistics(
-                1,
-                _Registered(evaluator.extractor, evaluator.model.image_shape[0] == 1),
-                _LAYER,
-                input1=folder,
-                batch_size=_BATCH,
-                cuda=gpu,
-                verbose=False,
-                cache=False,
-            )
+            with (
+                warnings.catch_warnings()
+            ):  # it asks for more reading processes than a small machine has cores
+                warnings.simplefilter("ignore")
+                theirs["statistics"] = fid_input_id_to_statistics(
+                    1,
+                    _Registered(evaluator.extractor, evaluator.model.image_shape[0] == 1),
+                    _LAYER,
+                    input1=folder,
+                    batch_size=_BATCH,
+                    cuda=gpu,
+                    verbose=False,
+                    cache=False,
+                )
 
         def distance() -> None:
             other = {"mu": real.mean.cpu().numpy(), "sigma": real.cov.cpu().numpy()}
