@@ -206,7 +206,7 @@ def status(job: str, cluster: str | None, store: str) -> None:
     from storage import open_store
 
     with open_store(store) as opened:
-        click.echo(job_as_text(opened.job(int(job)), opened.evaluations(int(job))))
+        click.echo(job_as_text(opened.job(int(job)), opened.evaluations(int(job)), opened.now()))
 
 
 @main.command()

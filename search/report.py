@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from objectives.paired import packed_difference_error
@@ -226,11 +226,11 @@ def best_in_words(best: Best) -> str:
     )
 
 
-def job_as_text(job: Job, tried: Sequence[Evaluation]) -> str:
-    """How a job is, for people."""
+def job_as_text(job: Job, tried: Sequence[Evaluation], now: datetime) -> str:
+    """How a job is at the store's time `now`, for people."""
     lines = [f"job {job.id}: {job.model} on {job.dataset}, {job.solver}, NFE {job.nfe}: {job.status}"]
     if job.finished_at is None and job.status != "queued":
-        silence = (datetime.now(UTC) - job.updated_at).total_seconds()
+        silence = (now - job.updated_at).total_seconds()
         lost = ", so its process is gone: submit the job again to go on" if silence > STALE_S else ""
         lines.append(f"  last sign of life {duration(max(silence, 0.0))} ago{lost}")
     if job.error is not None:

@@ -6,7 +6,7 @@ Knows nothing of the process that runs the search, which `progress` watches from
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 
 from rich.console import Console
 from rich.live import Live
@@ -29,7 +29,7 @@ def follow(store: Store, job_id: int, console: Console, interval: float = 2.0) -
     with Live("", console=console, auto_refresh=False, transient=True) as live:
         while True:
             job = store.job(job_id)
-            text = line(job, store.evaluations(job_id), _expected(store, job), datetime.now(UTC))
+            text = line(job, store.evaluations(job_id), _expected(store, job), store.now())
             if console.is_terminal:
                 live.update(text, refresh=True)
             elif text != shown:

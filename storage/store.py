@@ -28,7 +28,17 @@ from storage import upgrade
 from storage.connection import default_url, driver_options, make_engine, parse, redacted, safe, wait_for
 from storage.errors import ConnectionLost, NotInStore, TakenOver
 from storage.lock import only_writer
-from storage.records import CONFIRM, Best, Evaluation, Evaluator, Job, JobStatus, NewJob, alive
+from storage.records import (
+    CONFIRM,
+    Best,
+    Evaluation,
+    EvaluationState,
+    Evaluator,
+    Job,
+    JobStatus,
+    NewJob,
+    alive,
+)
 from storage.tables import DiagnosisRow, EvaluationRow, EvaluatorRow, JobRow, PictureRow
 
 if TYPE_CHECKING:
@@ -169,12 +179,25 @@ class Store:
             kind = ConnectionLost if getattr(origin, "connection_invalidated", False) else LamtuneError
             raise kind(f"the store {self.safe_url} failed: {redacted(self._url, origin)}") from None
 
+    def now(self) -> datetime:
+        """The time by the clock that all times in the store are of: a server's own, which the clocks of the hosts that
+        write to it need not agree with, or this machine's for a file. UTC."""
+        with self._session() as session:
+            return self._now(session)
+
+    @staticmethod
+    def _now(session: Session) -> datetime:
+        if session.get_bind().dialect.name == "sqlite":
+            return datetime.now(UTC)
+        found: datetime = session.scalars(select(func.clock_timestamp())).one()
+        return found.astimezone(UTC)
+
     # ---- jobs
 
     def create_job(self, new: NewJob) -> Job:
         """Add a queued job; InputError if its study name is taken."""
-        now = datetime.now(UTC)
         with self._session(write=True) as session:
+            now = self._now(session)
             if (taken := self._by_study(session, new.study_name)) is not None:
                 raise InputError(
                     f"the store {self.safe_url} has the study {new.study_name!r} already, as job {taken.id}"
@@ -250,7 +273,7 @@ class Store:
         attempt = self._attempts.get(job_id, JobRow.attempt)
         mine = update(JobRow).where(JobRow.id == job_id, JobRow.attempt == attempt)
         noted = session.execute(
-            mine.values(updated_at=datetime.now(UTC)).execution_options(synchronize_session=False)
+            mine.values(updated_at=self._now(session)).execution_options(synchronize_session=False)
         )
         assert isinstance(noted, CursorResult)
         if not noted.rowcount:
@@ -310,8 +333,8 @@ class Store:
         Raises TakenOver, as every write to a job or its evaluations does from a store that has claimed the job, once
         another process has claimed it too.
         """
-        now = datetime.now(UTC)
         with self._session(write=True) as session:
+            now = self._now(session)
             row = self._own_job(session, job_id)
             row.status, row.error, row.updated_at = status, error, now
             row.finished_at = now if status in _OVER else None
@@ -326,11 +349,11 @@ class Store:
         process has said so. One statement decides, so of two callers one gets the job; who held it before can no longer
         write to it (TakenOver). NotInStore if there is no such job.
         """
-        now, silence = datetime.now(UTC), timedelta(seconds=stale_after)
-        lives = JobRow.updated_at.between(now - silence, now + silence)  # `records.alive`, in SQL
-        free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & lives))
         with self._session(write=True) as session:
             self._job(session, job_id)
+            now, silence = self._now(session), timedelta(seconds=stale_after)
+            lives = JobRow.updated_at.between(now - silence, now + silence)  # `records.alive`, in SQL
+            free = update(JobRow).where(JobRow.id == job_id, ~(_HELD & lives))
             taken = session.execute(
                 free.values(
                     status="running", error=None, updated_at=now, finished_at=None, attempt=JobRow.attempt + 1
@@ -348,8 +371,8 @@ class Store:
 
         LamtuneError if the job is over already, NotInStore if there is none with that id.
         """
-        now = datetime.now(UTC)
         with self._session(write=True) as session:
+            now = self._now(session)
             row = self._job(session, job_id)
             if row.finished_at is not None:
                 raise LamtuneError(f"job {job_id} is {row.status} already")
@@ -363,7 +386,7 @@ class Store:
         """Record a sign of life; return the status, which another process may have set to cancelled."""
         with self._session(write=True) as session:
             row = self._own_job(session, job_id)
-            row.updated_at = datetime.now(UTC)
+            row.updated_at = self._now(session)
             session.flush()
             return row.record().status
 
@@ -391,8 +414,8 @@ class Store:
         `phase`: what the strategy calls this part of the search (baseline, coarse, fine, k, …), or `CONFIRM`. `seed`:
         of its random numbers, default the job's. The others: see `Evaluation`.
         """
-        now = datetime.now(UTC)
         with self._session(write=True) as session:
+            now = self._now(session)
             job = self._own_job(session, job_id)
             assert schedule.nfe == job.nfe, (schedule.nfe, job.nfe)
             job.updated_at = now
@@ -479,15 +502,21 @@ class Store:
                 raise LamtuneError(
                     f"evaluation {row.number} of job {row.job_id} has no distance to finish with"
                 )
-            row.state = "pruned" if pruned else "complete"
-            row.finished_at = datetime.now(UTC)
+            self._end(row, "pruned" if pruned else "complete")
         return row.record()
 
     def fail_evaluation(self, evaluation_id: int, error: str) -> Evaluation:
         """Close an evaluation that went wrong, with the error's text for people; its rungs and costs stay."""
         with self._running(evaluation_id) as row:
-            row.state, row.error, row.finished_at = "failed", error, datetime.now(UTC)
+            row.error = error
+            self._end(row, "failed")
         return row.record()
+
+    def _end(self, row: EvaluationRow, state: EvaluationState) -> None:
+        """Close an evaluation."""
+        session = Session.object_session(row)
+        assert session is not None, "made in one"
+        row.state, row.finished_at = state, self._now(session)
 
     def evaluations(
         self, job_id: int, limit: int | None = None, after_number: int | None = None

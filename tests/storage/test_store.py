@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -220,6 +220,26 @@ class TestJobs:
             connection.execute(update(JobRow).values(updated_at=when))
         assert store.cancel(job.id, stale_after=60).finished_at is not None  # nobody is waited for
         engine.dispose()
+
+    def test_hosts_whose_clocks_disagree_go_by_the_servers(
+        self, postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Ahead(datetime):
+            """The clock of a host that is an hour ahead."""
+
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+                return datetime.now(tz) + timedelta(hours=1)
+
+        with open_store(postgresql_url) as right, open_store(postgresql_url) as wrong:
+            job = right.create_job(new_job("s"))
+            assert right.claim(job.id, stale_after=20)
+            trial = right.start_evaluation(job.id, 0, "coarse", Schedule.uniform(NFE, 1.01))
+            monkeypatch.setattr("storage.store.datetime", Ahead)
+            assert not wrong.claim(job.id, stale_after=20)
+            assert abs(wrong.now() - datetime.now(UTC)) < timedelta(minutes=1)
+            monkeypatch.undo()
+            assert right.fail_evaluation(trial.id, "late").finished_at is not None  # it is not fenced out
 
     def test_who_lost_a_job_to_another_process_can_no_longer_write_to_it(
         self, store: Store, url: str
