@@ -76,10 +76,8 @@ def measure(job: Path, images: int) -> Found:
                 Image.fromarray(pixels.squeeze()).save(Path(folder, f"{number:06d}.png"))
 
         def read() -> None:
-            with (
-                warnings.catch_warnings()
-            ):  # it asks for more reading processes than a small machine has cores
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it asks for more readers than a small machine has cores
                 theirs["statistics"] = fid_input_id_to_statistics(
                     1,
                     _Registered(evaluator.extractor, evaluator.model.image_shape[0] == 1),

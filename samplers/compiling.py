@@ -51,12 +51,12 @@ class Compiled(Generic[P, R]):
         return self._plain(*args, **kwargs)
 
 
-def fused(plain: Callable[P, R], **options: Any) -> Callable[P, R]:
+def fused(plain: Callable[P, R]) -> Callable[P, R]:
     """The same elementwise function of tensors and numbers, as one kernel where its first tensor lies on a GPU.
 
-    Numbers may change from call to call; the results change by rounding. options: of torch.compile.
+    Numbers may change from call to call; the results change by rounding.
     """
-    compiled = Compiled(plain, plain.__name__, **{"dynamic": True, **options})
+    compiled = Compiled(plain, plain.__name__, dynamic=True)
 
     @wraps(plain)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from samplers.errors import InputError
 from samplers.schedule import Schedule
-from search.report import number
+from search.report import line_in_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +160,4 @@ def as_text(found: Diagnosis) -> str:
 
 def named(schedule: Schedule) -> str:
     """A schedule in a few words."""
-    if schedule.k is None:
-        return "a λ per evaluation"
-    if schedule.k == 0:
-        return f"λ = {number(schedule.b)}"
-    return f"λ_t = {number(schedule.k)}·t + {number(schedule.b)}"
+    return "a λ per evaluation" if schedule.k is None else line_in_words(schedule.k, schedule.b)

@@ -25,11 +25,11 @@ from samplers.schedule import Schedule
 from search.bias import Diagnosis, Late, Sampled, named
 from search.evaluator import Evaluator, accelerator
 from search.ms_eps import complete
+from search.plots import COMPARED
 from search.spec import JobSpec, load
 
 # Real images whose moments stand for the data, spread evenly over it: more say nothing new and take long to read.
 _REAL = 50_000
-_MOST = 3  # schedules beside λ = 1
 _BATCH = {"cuda": 2000, "cpu": 500}  # images whose states are on the device at once
 
 _Number = TypeVar("_Number", int, float)
@@ -136,8 +136,8 @@ def run(
         there = ", ".join(str(one.nfe) for one in spec.sampling)
         raise InputError(f"--nfe: name one of the job's samplings; it has NFE {there}")
     chosen = spec.sampling[places[0]]
-    if len(asked) > _MOST:
-        raise InputError(f"--schedule: at most {_MOST} can be told apart in one picture")
+    if len(asked) > (most := len(COMPARED) - 1):
+        raise InputError(f"--schedule: at most {most} can be told apart in one picture")
     one = Schedule.uniform(chosen.nfe, 1.0)
     schedules = {named(one): one}
     for text in asked:

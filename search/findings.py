@@ -21,9 +21,11 @@ from search.report import (
     duration,
     error_bar,
     gain,
+    line_in_words,
     metric,
     number,
     parameter_names,
+    parameters_in_words,
 )
 from search.sensitivity import Sensitivity
 from search.spec import SearchSpec
@@ -137,12 +139,8 @@ def _caption(e: Evaluation) -> str:
 
 def described(e: Evaluation) -> str:
     """A schedule in a few words."""
-    extra = "".join(f", {name} {number(value)}" for name, value in e.parameters.items())
-    if e.k is None:
-        return f"free λ_t of mean {number(round(e.mean, 6))}{extra}"
-    if e.k == 0:
-        return f"λ = {number(e.b)}{extra}"
-    return f"λ_t = {number(e.k)}·t + {number(e.b)}{extra}"
+    what = f"free λ_t of mean {number(round(e.mean, 6))}" if e.k is None else line_in_words(e.k, e.b)
+    return what + parameters_in_words(e.parameters)
 
 
 def _others(store: Store, job: Job) -> tuple[Best, ...]:

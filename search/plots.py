@@ -14,12 +14,15 @@ import numpy as np
 
 from objectives.paired import difference_error, first, unpack
 from search.bias import Diagnosis
-from search.report import number, parameter_names
+from search.report import number, parameter_names, parameters_in_words
 from search.sensitivity import COORDINATES, Fitted, position, searched, surface
 from storage import CONFIRM, Evaluation, Job
 
 Look = Literal["baseline", "first", "second", "third", "fourth", "fifth", "lost", "fit", "join"]
 """What a series is, which `figures` gives a colour and a marker."""
+
+COMPARED: tuple[Look, ...] = ("second", "first", "third", "fourth")
+"""Those of the schedules of a diagnosis, λ = 1 first; more cannot be told apart."""
 
 _EVALUATIONS = "evaluation t (sampling goes from left to right)"
 _LABELS = {"mean": "mean λ", "k": "k (change of λ per network evaluation)"}
@@ -185,12 +188,12 @@ def parameters(job: Job, evaluations: Sequence[Evaluation]) -> Plot:
     """The distance over each of the solver's numbers that was searched beside λ, on the number of images at which most
     values of it were tried. Where a trial left it alone it is what the job says."""
     tried = [e for e in evaluations if e.seed == job.seed and e.distance is not None]
+    groups: dict[int, list[Evaluation]] = {}
+    for e in tried:
+        for images in e.rungs:
+            groups.setdefault(images, []).append(e)
     panels = []
     for name in parameter_names(tried):
-        groups: dict[int, list[Evaluation]] = {}
-        for e in tried:
-            for images in e.rungs:
-                groups.setdefault(images, []).append(e)
 
         def value(e: Evaluation, name: str = name) -> float:
             return float(e.parameters.get(name, job.sampling.get(name) or 0.0))
@@ -238,7 +241,7 @@ def _error(e: Evaluation, lowest: Evaluation, images: int) -> float:
 
 def _text(e: Evaluation, images: int) -> str:
     mean, k = (number(round(x, 6)) for x in position(e))
-    more = "".join(f", {name} {number(x)}" for name, x in e.parameters.items())
+    more = parameters_in_words(e.parameters)
     return f"trial {e.number}, {e.phase}: mean λ {mean}, k {k}{more}, {images:,} images"
 
 
@@ -285,7 +288,7 @@ def schedules(evaluations: Sequence[Evaluation], job: Job) -> Plot:
 
 
 def _described(kind: str, e: Evaluation) -> str:
-    extra = "".join(f", {name} {number(value)}" for name, value in e.parameters.items())
+    extra = parameters_in_words(e.parameters)
     if kind == "uniform":
         return f"uniform, λ = {number(e.b)}{extra}"
     return f"free{extra}" if kind == "free" else f"linear, k = {number(e.k)}, b = {number(e.b)}{extra}"
@@ -361,11 +364,10 @@ def exposure(found: Diagnosis) -> Plot:
     """The noise that the solver removes beside that of training, their ratio, and δ_t above its floor, over the
     evaluations as sampling goes."""
     steps = tuple(float(t) for t in range(found.nfe))
-    looks: tuple[Look, ...] = ("second", "first", "third", "fourth")
 
     def panel(title: str, label: str, training: Sequence[float], of: Sequence[Sequence[float]]) -> Panel:
         series = [Series("training", "fit", steps, tuple(training), markers=False, joined=True)]
-        for one, look, values in zip(found.schedules, looks, of, strict=False):
+        for one, look, values in zip(found.schedules, COMPARED, of, strict=False):
             series.append(Series(one.name, look, steps, tuple(values), joined=True))
         return Panel(title, tuple(series), label)
 

@@ -65,6 +65,16 @@ def gain(evaluation: Evaluation) -> str:
     return f"{amount(evaluation.gain, '+')} {error_bar(evaluation.gain_error)}".rstrip()
 
 
+def line_in_words(k: float, b: float | None) -> str:
+    """λ_t = k·t + b."""
+    return f"λ = {number(b)}" if k == 0 else f"λ_t = {number(k)}·t + {number(b)}"
+
+
+def parameters_in_words(parameters: Mapping[str, float], before: str = ", ") -> str:
+    """The solver's numbers of a trial, each after `before`; nothing where there are none."""
+    return "".join(f"{before}{name} {number(value)}" for name, value in parameters.items())
+
+
 def parameter_names(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
     """The solver's numbers that were searched beside λ."""
     return tuple(dict.fromkeys(name for one in evaluations for name in one.parameters))
@@ -137,9 +147,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
             f"  λ_t = k·t + b with k = {number(best.k)}, b = {number(best.b)} (t = 0 is the last evaluation)"
         )
     if best.parameters:
-        lines.append(
-            "  with " + ", ".join(f"{name} {number(value)}" for name, value in best.parameters.items())
-        )
+        lines.append(f"  with {parameters_in_words(best.parameters).removeprefix(', ')}")
     fresh = (
         "random numbers that the search has not seen" if best.confirmed else "the search's own random numbers"
     )
@@ -169,7 +177,7 @@ def best_as_text(best: Best, second: RunnerUp | None = None) -> str:
             if second.k is not None
             else f"a free schedule of mean {number(round(second.mean, 6))}"
         )
-        what += "".join(f", {name} {number(value)}" for name, value in second.parameters.items())
+        what += parameters_in_words(second.parameters)
         lines.append(
             f"  the runner-up, {what}, is behind by {amount(second.behind)} {error_bar(second.behind_error)} "
             f"on {second.images:,} images"
@@ -200,7 +208,7 @@ def best_in_words(best: Best) -> str:
         what = f"λ = {number(best.b)} at each of {best.nfe} evaluations"
     else:
         what = f"λ_t = {number(best.k)}·t + {number(best.b)} (t = 0 is the last of {best.nfe} evaluations)"
-    extra = "".join(f", with {name} {number(value)}" for name, value in best.parameters.items())
+    extra = parameters_in_words(best.parameters, ", with ")
     where = f"the {best.objective} of {best.model} on {best.dataset} with {best.solver}"
     images = f"{best.images:,} images" + (
         " on random numbers that the search has not seen" if best.confirmed else ""

@@ -11,7 +11,7 @@ from datetime import datetime
 from rich.console import Console
 from rich.live import Live
 
-from search.report import duration, error_bar, number
+from search.report import duration, error_bar, number, parameters_in_words
 from storage import CONFIRM, STALE_S, Evaluation, Job, Store
 
 EXPECTED = "expected_trials"
@@ -75,7 +75,7 @@ def line(job: Job, tried: Sequence[Evaluation], expected: int | None, now: datet
     best = best_so_far(ended)
     if best is not None:
         k = "" if not best.k else f", k {number(round(best.k, 6))}"
-        k += "".join(f", {name} {number(x)}" for name, x in best.parameters.items())
+        k += parameters_in_words(best.parameters)
         value = f"{best.distance:.4g} {error_bar(best.standard_error)}".rstrip()
         parts.append(f"best {value} at mean λ {number(round(best.mean, 6))}{k} ({best.images:,} images)")
     if job.finished_at is None and rate is not None and expected is not None:
