@@ -39,11 +39,14 @@ from sqlalchemy import URL
 
 from benchmarks.jobs import GAUSS
 from benchmarks.servers import (
+    WORKER,
     PostgreSQL,
     RayCluster,
     RayNode,
     new_database,
     postgresql,
+    sampler_workers,
+    title,
     until,
 )
 from storage import STALE_S, Evaluation, open_store
@@ -105,20 +108,7 @@ class Site:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of sampler workers."""
-        nodes = [psutil.Process(node.process.pid) for node in self.nodes]
-        processes = [process for node in nodes for process in node.children(recursive=True)]
-        return [process for process in processes if title(process).startswith(WORKER)]
-
-
-WORKER = "ray::SamplerWorker"
-
-
-def title(process: psutil.Process) -> str:
-    """What a process calls itself; Ray has it say which call it is in, `ray::SamplerWorker.sample`."""
-    try:
-        return "".join(process.cmdline())
-    except psutil.Error:  # it has ended
-        return ""
+        return [one for node in self.nodes for one in sampler_workers(psutil.Process(node.process.pid))]
 
 
 @contextmanager

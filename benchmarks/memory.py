@@ -8,6 +8,7 @@ trial. Not part of `make bench`: it takes minutes.
 
 import statistics
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.common import Found, Part, grid, main, megabytes, scratch
 from benchmarks.job import plain
+from benchmarks.servers import sampler_workers
 from search.runner import submit
 from search.spec import load
 from storage import Store, open_store
@@ -23,7 +25,6 @@ from storage import Store, open_store
 _NFES = range(2, 20)
 _PERIOD_S = 2.0
 _FIRST = 30  # trials after which everything has been loaded
-_WORKER = "ray::SamplerWorker"
 
 
 def measure(job: Path, images: int) -> Found:
@@ -58,12 +59,9 @@ def _trials(store: Store) -> int:
 def _bytes() -> tuple[int, int]:
     me = psutil.Process()
     workers = [0]
-    for child in me.children(recursive=True):
-        try:
-            if child.name().startswith(_WORKER[:15]):
-                workers.append(child.memory_full_info().uss)
-        except psutil.Error:
-            continue
+    for worker in sampler_workers(me):
+        with suppress(psutil.Error):  # it has ended
+            workers.append(worker.memory_full_info().uss)
     return me.memory_full_info().uss, max(workers)
 
 

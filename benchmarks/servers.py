@@ -24,6 +24,7 @@ import psutil
 from sqlalchemy import URL, create_engine, text
 
 ROOT = Path(__file__).parents[1]
+WORKER = "ray::SamplerWorker"
 USER, PASSWORD = "lamtune", "p@ss/w:rd %{x}"  # as awkward as a password may be
 
 
@@ -179,6 +180,19 @@ class RayNode:
         for child in children:
             if child.is_running():
                 child.kill()
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; Ray has it say which call it is in, `ray::SamplerWorker.sample`."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
+
+
+def sampler_workers(ancestor: psutil.Process) -> list[psutil.Process]:
+    """The processes of sampler workers below another one."""
+    return [one for one in ancestor.children(recursive=True) if title(one).startswith(WORKER)]
 
 
 class RayCluster:

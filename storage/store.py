@@ -185,12 +185,14 @@ class Store:
         with self._session() as session:
             return self._now(session)
 
-    @staticmethod
-    def _now(session: Session) -> datetime:
-        if session.get_bind().dialect.name == "sqlite":
-            return datetime.now(UTC)
-        found: datetime = session.scalars(select(func.clock_timestamp())).one()
-        return found.astimezone(UTC)
+    def _now(self, session: Session) -> datetime:
+        clock = self._clock()
+        return clock if isinstance(clock, datetime) else session.scalars(select(clock)).one().astimezone(UTC)
+
+    def _clock(self) -> datetime | ColumnElement[datetime]:
+        """See `now`; of a server as what a statement may hold, which then needs no other before it."""
+        sqlite = self._url.get_backend_name() == "sqlite"
+        return datetime.now(UTC) if sqlite else func.clock_timestamp()
 
     # ---- jobs
 
@@ -273,7 +275,7 @@ class Store:
         attempt = self._attempts.get(job_id, JobRow.attempt)
         mine = update(JobRow).where(JobRow.id == job_id, JobRow.attempt == attempt)
         noted = session.execute(
-            mine.values(updated_at=self._now(session)).execution_options(synchronize_session=False)
+            mine.values(updated_at=self._clock()).execution_options(synchronize_session=False)
         )
         assert isinstance(noted, CursorResult)
         if not noted.rowcount:
