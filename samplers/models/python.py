@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -146,6 +147,14 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.path.remove(entry)
 
 
+class _Unkept(SourceFileLoader):
+    """Runs a file as it is now. Python's kept bytecode stands for any text of the same length and second of change."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """See SourceLoader."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _module(place: str, folder: Path) -> ModuleType:
     try:
         if not place.endswith(".py"):
@@ -155,7 +164,7 @@ def _module(place: str, folder: Path) -> ModuleType:
             raise InputError(f"model.path: there is no file {path}")
         # One name per file, so that two files of the same name do not replace each other.
         name = f"lamtune_user_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=_Unkept(name, str(path)))
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -1,5 +1,6 @@
 """The `python` adapter: calls, parametrisations, and mistakes in the user's code."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -145,6 +146,18 @@ def test_weights_are_loaded_into_the_module(folder: Path) -> None:
         load_python("net.py:Net", {**OPTIONS, "weights": "other.pt"}, folder)
     with pytest.raises(InputError, match=r"absent\.pt cannot be read"):
         load_python("net.py:Net", {**OPTIONS, "weights": "absent.pt"}, folder)
+
+
+def test_a_file_that_was_edited_within_a_second_to_the_same_length_is_run_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    x, answers = torch.ones(1, 1, 2, 2), []
+    for sign in "+-":
+        (folder / "net.py").write_text(SOURCE.replace("+ t.view", f"{sign} t.view"))
+        os.utime(folder / "net.py", (1e9, 1e9))
+        answers.append(load_python("net.py:Net", OPTIONS, folder)(x, 5.0, None).eps)
+    assert (answers[0] > answers[1]).all()
 
 
 def test_the_fingerprint_follows_source_weights_and_options(folder: Path) -> None:
