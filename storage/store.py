@@ -8,6 +8,7 @@ after a kill -9 the store holds everything that was reported.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -168,10 +169,13 @@ class Store:
     @contextmanager
     def errors(self) -> Iterator[None]:
         """The database's errors come out as LamtuneError, also those of Optuna's calls; as ConnectionLost where it
-        went away amid a transaction."""
+        went away amid a transaction. A signal that asks the process to end does so, whatever a driver makes of it."""
+        handled = sys.exc_info()[1]
         try:
             yield
         except Exception as error:
+            if (asked := _asked_to_end(error, handled)) is not None:
+                raise asked from None
             # Optuna's own error for what happens in its storage has SQLAlchemy's as its cause.
             origin = error if isinstance(error, SQLAlchemyError) else error.__cause__
             if not isinstance(origin, SQLAlchemyError):
@@ -795,6 +799,15 @@ class Store:
         if isinstance(failure, InputError):
             raise failure
         raise LamtuneError(f"the store {self.safe_url} failed: {redacted(self._url, failure)}")
+
+
+def _asked_to_end(error: BaseException | None, handled: BaseException | None) -> BaseException | None:
+    """The Ctrl-C or exit amid which an error arose; not that one which was being handled already."""
+    while error is not None and error is not handled:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _ranks(confirmed: bool) -> ColumnElement[bool]:

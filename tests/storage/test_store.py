@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import optuna
 import pytest
 from sqlalchemy import Engine, create_engine, event, inspect, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from benchmarks.servers import PostgreSQL, postgresql
 from samplers.errors import InputError, LamtuneError
@@ -815,6 +816,47 @@ def test_a_database_that_is_restarted_amid_a_transaction_is_waited_for_and_the_l
                 study.ask()
             server.start()
             study.tell(trial, 1.0)
+
+
+def test_a_process_that_is_asked_to_end_amid_a_statement_ends(postgresql_url: str) -> None:
+    def leave(number: int, _: Any) -> None:
+        sys.exit(number)
+
+    def ask_to_end(delay: float, ended: threading.Event) -> None:
+        while not ended.wait(delay):
+            os.kill(os.getpid(), signal.SIGTERM)
+            delay = 5.0  # again: what a handler raises while Python finalises an object is lost
+
+    def read_on() -> None:
+        while True:
+            store.jobs()
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with open_store(postgresql_url) as store:
+            for number in range(30):
+                ended = threading.Event()
+                asking = threading.Thread(target=ask_to_end, args=(0.02 + 0.001 * (number % 20), ended))
+                asking.start()
+                with pytest.raises(SystemExit):
+                    read_on()
+                ended.set()
+                asking.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_fails_while_a_process_ends_is_an_error_of_its_own(sqlite_url: str) -> None:
+    def fail() -> None:
+        with store.errors():
+            raise OperationalError("UPDATE", None, Exception("away"))
+
+    with open_store(sqlite_url) as store:
+        try:
+            raise SystemExit(15)
+        except SystemExit:
+            with pytest.raises(LamtuneError, match="away"):
+                fail()
 
 
 @contextmanager
