@@ -25,6 +25,8 @@ from search.spec import JobSpec
 
 _ANSWER_S = 10.0  # how long a cluster may take to answer the first time
 _DIGITS = 10
+# So long a driver may take to record that it was stopped, before Ray kills it. Ray's own 3 s is short on a busy host.
+_STOP_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ class Cluster:
     def _send(self, identity: Any, command: str, store: str | None) -> tuple[str, bool]:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         base = f"lamtune-{digest[:_DIGITS]}"
+        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}
+        if store is not None:
+            environment["LAMTUNE_STORE"] = store
         with self._answering():
             known = {job.submission_id: str(job.status.value) for job in self._client.list_jobs()}
             names = (base if n == 1 else f"{base}-{n}" for n in count(1))
@@ -108,7 +113,7 @@ class Cluster:
             self._client.submit_job(
                 entrypoint=command,
                 submission_id=name,
-                runtime_env={} if store is None else {"env_vars": {"LAMTUNE_STORE": store}},
+                runtime_env={"env_vars": environment},
             )
         return name, True
 

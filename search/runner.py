@@ -434,9 +434,9 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
             except LamtuneError:  # a database that is away for a while is no reason to stop
                 continue
             stop.set()
-            # As `kill` does it; Ray leaves through SystemExit. SIGINT is blocked in jobs of a cluster.
+            # As `kill` does it; Ray leaves through SystemExit. SIGINT is blocked in jobs of a cluster. Every heartbeat
+            # again until it is heard: what is raised in a finaliser is lost.
             _thread.interrupt_main(signal.SIGTERM)
-            return
 
     def end(status: JobStatus, error: str | None = None) -> None:
         _lasting(lambda: store.set_status(job.id, status, error))

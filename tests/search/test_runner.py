@@ -190,6 +190,33 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ra
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_a_cancelled_job_ends_though_its_first_interrupt_is_lost(tmp_path, quiet, monkeypatch):
+    interrupts = []
+
+    def run_trials(*args):
+        with open_store(f"sqlite:///{tmp_path}/store.db") as store:
+            store.cancel(1, stale_after=60)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                time.sleep(0.05)
+            except SystemExit:
+                interrupts.append("lost")  # as Python does it with what is raised in a finaliser
+                break
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+        interrupts.append("never heard")
+
+    monkeypatch.setattr(runner, "_HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(runner.tuner, "run_trials", run_trials)
+    with pytest.raises(LamtuneError, match="job 1 was cancelled; submit it again to go on"):
+        submitted(JOB, tmp_path, quiet)
+    assert interrupts == ["lost"]
+    with open_store(f"sqlite:///{tmp_path}/store.db") as store:
+        assert (store.job(1).status, store.job(1).finished_at is None) == ("cancelled", False)
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_a_job_is_resumed_by_its_number_from_what_the_store_has_of_its_file(tmp_path, quiet):
     jobs, before = submitted(changed("sampling", nfe=[4, 5]), tmp_path, quiet)
     url = f"sqlite:///{tmp_path}/store.db"
