@@ -12,19 +12,22 @@ import heapq
 import logging
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import ray
 import torch
 
-from benchmarks.common import Case, Found, Part, grid, load_case, main, milliseconds, once, scratch, seconds
+from benchmarks.common import Found, Part, grid, load_case, main, milliseconds, once, scratch, seconds
 from objectives.frechet import FrechetReference, Gaussian
 from objectives.influence import Sensitivity
 from objectives.moments import Moments
+from samplers.sampling import Solver
 from samplers.schedule import Schedule
 from search import pool, tuner
 from search.evaluator import BLOCK
@@ -36,25 +39,33 @@ INCEPTION = 2048  # dimensions of its features, with which messages and distance
 _NETWORK = 1.25e9  # bytes per second between hosts where workers are on several: 10 Gbit/s
 
 
-class _Trials:
-    """A search of a fixed number of trials of λ = 1, as the tuner sees one; notes when each ends."""
+class Timed(NamedTuple):
+    """A trial: the times when its last image was there and when its influences were, the seconds that workers sampled
+    and worked in all, and the distance."""
 
-    def __init__(self, case: Case, images: int, name: str) -> None:
-        self._case, self._images, self._name = case, images, name
+    sampled: float
+    ended: float
+    sampling: float
+    busy: float
+    distance: float
+
+
+class _Trials:
+    """A search of a fixed number of trials of λ = 1, as the tuner sees one; notes when each is sampled and ends."""
+
+    def __init__(self, sampling: Solver, images: int, name: str) -> None:
+        self._nfe, self._images, self._name = sampling.nfe, images, name
         self._begun = 0
-        self.ends: list[float] = []
-        self.busy: list[float] = []  # seconds of workers of each trial, and until it was sampled
-        self.sampling: list[float] = []
-        self._sampled = 0.0
+        self._sampled, self._sampling = 0.0, 0.0
+        self.trials: list[Timed] = []
 
     def next_trial(self, trial_id: str) -> tuner.TrialConfig | None:
         if self.finished:
             return None
         self._begun += 1
-        schedule = Schedule.uniform(self._case.sampling.nfe, 1.0)
         key = f"{self._name}-{self._begun}"  # another one each: nothing is found in the cache
         return tuner.TrialConfig(
-            schedule=schedule,
+            schedule=Schedule.uniform(self._nfe, 1.0),
             parameters={},
             seed=self._begun,
             key=key,
@@ -68,16 +79,31 @@ class _Trials:
 
     def report(self, trial_id: str, progress: tuner.Progress) -> bool:
         assert progress.error is None, progress.error
+        now = time.perf_counter()
         if progress.distance is None:
-            self._sampled = progress.seconds
+            self._sampled, self._sampling = now, progress.seconds
         else:
-            self.ends.append(time.perf_counter())
-            self.busy.append(progress.seconds)
-            self.sampling.append(self._sampled)
+            self.trials.append(Timed(self._sampled, now, self._sampling, progress.seconds, progress.distance))
         return False
 
     def complete(self, trial_id: str, lost: str | None) -> None:
         assert lost is None, lost
+
+
+def shares(trials: Sequence[Timed], workers: int, images: int) -> Found:
+    """Means over all trials but the first, of which nobody knows when it began: see `table`."""
+    pairs = list(pairwise(trials))
+    wall = fmean(one.ended - before.ended for before, one in pairs)
+    sampling = fmean(one.sampled - before.ended for before, one in pairs)
+    work = fmean(one.sampling for _, one in pairs)
+    return {
+        "trial": wall,
+        "images_per_second": images / wall,
+        "image": work / images,
+        "idle": 1 - fmean(one.busy for _, one in pairs) / (workers * wall),
+        "idle_while_sampling": 1 - work / (workers * sampling),
+        "after_sampling": 1 - sampling / wall,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,29 +184,32 @@ def _started() -> Iterator[None]:
 
 
 def measure(job: Path, images: int) -> Found:
-    """Seconds of a trial over 1 … N workers, the simulation's times, and what it says."""
+    """Seconds of a trial over 1 … N workers for each NFE of the job, the simulation's times, and what it says."""
     case = load_case(job)
     spec, reference = case.spec, case.evaluator.reference
     resources = pool.available(spec, [pool.this_machine()])
-    found: Found = {"device": resources.device, "workers": {}, "simulated": {}}
+    found: Found = {"device": resources.device, "ready": {}, "nfe": {}}
     with scratch(), _started():
         for count in _counts(resources.workers):
             cores = "auto" if resources.needs["GPU"] else 1  # else fewer workers would have more threads each
             asked = spec.resources.model_copy(update={"workers": count, "cpus": cores})
             one = pool.available(spec.model_copy(update={"resources": asked}), [pool.this_machine()])
+            began = time.perf_counter()
             workers = pool.start_workers(spec, reference, case.evaluator.model.fingerprint, one)
             ray.get([worker.load.remote(*workers.needs) for worker in workers.actors])  # all of them
+            found["ready"][count] = time.perf_counter() - began
             try:
-                loop = _Trials(case, images, f"scaling-{count}")
-                tuner.run_trials(loop, workers, case.sampling, one.unit)
-                wall = (loop.ends[-1] - loop.ends[0]) / (_TRIALS - 1)
-                busy = sum(loop.busy[1:]) / (_TRIALS - 1)
-                found["workers"][count] = {"trial": wall, "idle": 1 - busy / (count * wall)}
-                if count == 1:
-                    image = sum(loop.sampling[1:]) / (_TRIALS - 1) / images
-                    for dimension in dict.fromkeys((case.evaluator.extractor.dim, INCEPTION)):
-                        times = measured(dimension, case.device, workers.actors[0], image)
-                        found["simulated"][dimension] = simulated(times, resources.unit)
+                for sampling in spec.sampling:
+                    loop = _Trials(sampling, images, f"scaling-{count}-{sampling.nfe}")
+                    tuner.run_trials(loop, workers, sampling, one.unit)
+                    here = found["nfe"].setdefault(sampling.nfe, {"workers": {}, "simulated": {}})
+                    distances = [one.distance for one in loop.trials]
+                    here["workers"][count] = {**shares(loop.trials, count, images), "distances": distances}
+                    if count == 1:
+                        image = here["workers"][1]["image"]
+                        for dimension in dict.fromkeys((case.evaluator.extractor.dim, INCEPTION)):
+                            times = measured(dimension, case.device, workers.actors[0], image)
+                            here["simulated"][dimension] = simulated(times, resources.unit)
             finally:
                 pool.stop_workers(workers)
     return found
@@ -192,25 +221,46 @@ def _counts(most: int) -> list[int]:
 
 
 def table(found: Found) -> list[str]:
-    """What was measured, and what follows for more workers."""
-    rows: list[list[object]] = [["workers", "trial", "times as fast as one", "idle"]]
-    first = found["workers"][1]["trial"]
-    rows += [
-        [n, f"{t['trial']:.2f} s", f"{first / t['trial']:.2f}", f"{t['idle']:.1%}"]
-        for n, t in found["workers"].items()
-    ]
-    lines = grid(rows)
-    for dimension, answer in found["simulated"].items():
-        times = ", ".join(f"{name} {milliseconds(t)}" for name, t in answer["times"].items())
-        lines.append(f"  simulated, {dimension} features; {times}")
-        for total, counts in answer["trials"].items():
-            one = counts[1]["trial"]
-            rows = [[f"{total:,} images", "trial", "times as fast", "efficiency", "until sampled"]]
-            for n, t in counts.items():
-                gain = one / t["trial"]
-                cells = [f"{t['trial']:.2f} s", f"{gain:.1f}", f"{gain / n:.0%}", f"{t['sampled']:.2f} s"]
-                rows.append([f"{n} workers", *cells])
-            lines += grid(rows)
+    """What was measured, and what follows for more workers.
+
+    idle: the share of the workers' time that went into nothing; while sampling that is handing out calls, and the last
+    ones, which not all workers have. after sampling: the share of a trial that sums, distance and influences take.
+    """
+    lines = []
+    for nfe, here in found["nfe"].items():
+        head = ["trial", "images/s", "efficiency", "idle", "while sampling", "after sampling", "ready after"]
+        rows: list[list[object]] = [[f"NFE {nfe}, workers", *head]]
+        first = here["workers"][1]
+        for n, one in here["workers"].items():
+            gain = first["trial"] / one["trial"]
+            parts = (gain / n, one["idle"], one["idle_while_sampling"], one["after_sampling"])
+            times = (f"{one['trial']:.2f} s", f"{one['images_per_second']:,.0f}")
+            rows.append([n, *times, *(f"{part:.1%}" for part in parts), f"{found['ready'][n]:.0f} s"])
+        lines += grid(rows)
+        apart = max(
+            abs(a / b - 1)
+            for one in here["workers"].values()
+            for a, b in zip(one["distances"], first["distances"], strict=True)
+        )
+        lines.append(f"  largest relative difference of a distance to one worker's: {apart:.0e}")
+        for dimension, answer in here["simulated"].items():
+            lines += _simulated_table(dimension, answer)
+    return lines
+
+
+def _simulated_table(dimension: int, answer: Found) -> list[str]:
+    times = ", ".join(f"{name} {milliseconds(t)}" for name, t in answer["times"].items())
+    lines = [f"  simulated, {dimension} features; {times}"]
+    for total, counts in answer["trials"].items():
+        one = counts[1]["trial"]
+        rows: list[list[object]] = [
+            [f"{total:,} images", "trial", "times as fast", "efficiency", "until sampled"]
+        ]
+        for n, t in counts.items():
+            gain = one / t["trial"]
+            cells = [f"{t['trial']:.2f} s", f"{gain:.1f}", f"{gain / n:.0%}", f"{t['sampled']:.2f} s"]
+            rows.append([f"{n} workers", *cells])
+        lines += grid(rows)
     return lines
 
 

@@ -1,10 +1,10 @@
-"""benchmarks.scaling: the simulation follows what can be said of it by hand."""
+"""benchmarks.scaling: the simulation and the shares follow what can be said of them by hand."""
 
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.scaling import Times, simulate
+from benchmarks.scaling import Timed, Times, shares, simulate
 
 FREE = Times(image=0.001, call=0.0, message=0.0, add=0.0, distance=0.0, influences=0.0)
 
@@ -26,3 +26,19 @@ def test_a_distance_and_messages_are_waited_for_by_all():
 def test_a_slow_process_that_hands_out_calls_is_what_many_workers_wait_for():
     slow = replace(FREE, call=1.0)
     assert simulate(slow, 40, 10_000, 2000)["sampled"] >= 20.0
+
+
+def test_the_time_of_a_trial_is_split_into_sampling_what_follows_and_waiting():
+    # Two workers, 2 s of sampling in which they work 3.6 of 4 s, then 0.5 s in which one of them works 0.4 s.
+    first = Timed(sampled=9.0, ended=10.0, sampling=1.0, busy=1.0, distance=5.0)
+    second = Timed(sampled=12.0, ended=12.5, sampling=3.6, busy=4.0, distance=6.0)
+    assert shares([first, second], workers=2, images=1000) == pytest.approx(
+        {
+            "trial": 2.5,
+            "images_per_second": 400.0,
+            "image": 0.0036,
+            "idle": 0.2,
+            "idle_while_sampling": 0.1,
+            "after_sampling": 0.2,
+        }
+    )
