@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -421,22 +422,22 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         raise LamtuneError(
             f"job {job.id} is being run by another process; if that one was killed, try again in {_STALE_S:.0f} s"
         )
-    ended, stop = threading.Event(), threading.Event()
+    ended, stop, asked = threading.Event(), threading.Event(), threading.Event()
     taken: list[TakenOver] = []
 
     def beat() -> None:
         while not ended.wait(_HEARTBEAT_S):
             try:
-                if store.heartbeat(job.id) != "cancelled":
-                    continue
+                if store.heartbeat(job.id) == "cancelled":
+                    stop.set()
             except TakenOver as error:
                 taken.append(error)
             except LamtuneError:  # a database that is away for a while is no reason to stop
-                continue
-            stop.set()
-            # As `kill` does it; Ray leaves through SystemExit. SIGINT is blocked in jobs of a cluster. Every heartbeat
-            # again until it is heard: what is raised in a finaliser is lost.
-            _thread.interrupt_main(signal.SIGTERM)
+                pass
+            # As `kill` does it, for SIGINT is blocked in jobs of a cluster; every heartbeat again until it is heard:
+            # what is raised while Python finalises an object is lost.
+            if taken or stop.is_set() or asked.is_set():
+                _thread.interrupt_main(signal.SIGTERM)
 
     def end(status: JobStatus, error: str | None = None) -> None:
         _lasting(lambda: store.set_status(job.id, status, error))
@@ -444,7 +445,8 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()
     try:
-        yield
+        with _ended_by_sigterm(asked):
+            yield
     except BaseException as error:
         _stop(ended, heart)
         if taken or isinstance(error, TakenOver):  # what becomes of the job is the other process's to say
@@ -452,11 +454,31 @@ def _claimed(store: Store, job: Job) -> Iterator[None]:
         if stop.is_set():
             end("cancelled", "cancelled on request")
             raise LamtuneError(f"job {job.id} was cancelled; submit it again to go on") from None
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        end("cancelled" if interrupted else "failed", str(error) or type(error).__name__)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            end("cancelled", "stopped by SIGTERM" if asked.is_set() else "stopped by Ctrl-C")
+        else:
+            end("failed", str(error) or type(error).__name__)
         raise
     _stop(ended, heart)
     end("finished")
+
+
+@contextmanager
+def _ended_by_sigterm(asked: threading.Event) -> Iterator[None]:
+    """Leave through SystemExit at a SIGTERM, as Ray does, and note it."""
+
+    def leave(number: int, frame: object) -> None:
+        asked.set()
+        sys.exit(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(ended: threading.Event, heart: threading.Thread) -> None:

@@ -190,30 +190,42 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path, quiet, local_ra
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_cancelled_job_ends_though_its_first_interrupt_is_lost(tmp_path, quiet, monkeypatch):
+@pytest.mark.parametrize(
+    ("by", "raised", "noted"),
+    [
+        ("store", "job 1 was cancelled; submit it again to go on", "cancelled on request"),
+        ("signal", str(int(signal.SIGTERM)), "stopped by SIGTERM"),
+    ],
+)
+def test_a_job_that_is_to_end_does_so_though_its_first_interrupt_is_lost(
+    tmp_path, quiet, monkeypatch, by, raised, noted
+):
     interrupts = []
 
     def run_trials(*args):
-        with open_store(f"sqlite:///{tmp_path}/store.db") as store:
-            store.cancel(1, stale_after=60)
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
+        try:
+            if by == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                with open_store(f"sqlite:///{tmp_path}/store.db") as store:
+                    store.cancel(1, stale_after=60)
+            while time.monotonic() < deadline:
                 time.sleep(0.05)
-            except SystemExit:
-                interrupts.append("lost")  # as Python does it with what is raised in a finaliser
-                break
+        except SystemExit:
+            interrupts.append("lost")  # as Python does it with what is raised in a finaliser
         while time.monotonic() < deadline:
             time.sleep(0.05)
         interrupts.append("never heard")
 
     monkeypatch.setattr(runner, "_HEARTBEAT_S", 0.2)
     monkeypatch.setattr(runner.tuner, "run_trials", run_trials)
-    with pytest.raises(LamtuneError, match="job 1 was cancelled; submit it again to go on"):
+    with pytest.raises((LamtuneError, SystemExit), match=raised):
         submitted(JOB, tmp_path, quiet)
     assert interrupts == ["lost"]
     with open_store(f"sqlite:///{tmp_path}/store.db") as store:
-        assert (store.job(1).status, store.job(1).finished_at is None) == ("cancelled", False)
+        job = store.job(1)
+    assert (job.status, job.error, job.finished_at is None) == ("cancelled", noted, False)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -333,7 +345,7 @@ def test_ctrl_c_cancels_the_job_and_says_how_to_go_on(tmp_path):
         _, error = driver.communicate(timeout=60)
         assert driver.returncode == 130
         assert "submit the same job again" in error
-        assert store.job(1).status == "cancelled"
+        assert (store.job(1).status, store.job(1).error) == ("cancelled", "stopped by Ctrl-C")
 
 
 def test_a_killed_driver_goes_on_where_it_stopped(tmp_path):
