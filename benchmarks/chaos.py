@@ -6,7 +6,7 @@ A PostgreSQL, a Ray head and two Ray nodes run on this machine, each node with a
 another host. Searches run on them one after the other; at random moments one of these dies by kill -9, in turn:
 
     worker      the process of a sampler worker
-    measuring   the same, amid a call that adds up moments, tells influences or concludes an evaluation
+    measuring   the same, amid a call that takes a distance or concludes an evaluation
     driver      the process of `lamtune submit`; `lamtune resume` follows as soon as the store lets it
     node        a Ray node with all its processes and its cache; another one comes some seconds later
     postgresql  the database server with all its processes; it is started again some seconds later
@@ -52,7 +52,7 @@ from benchmarks.servers import (
 from storage import STALE_S, Evaluation, open_store
 
 KINDS = ("worker", "measuring", "driver", "node", "postgresql")
-_MEASURING = ("merge", "influences", "conclude")
+_MEASURING = ("score", "conclude")
 # An exact denoiser, so that a trial of some seconds needs no weights; confirmation and racing included.
 JOB: dict[str, Any] = {
     **GAUSS,

@@ -79,18 +79,14 @@ class Function:
 
     def sample(
         self, _sampling: Any, schedule: Schedule, start: int, stop: int, *_: Any
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, tuple[int, float]]:
         """See `SamplerWorker`."""
         assert schedule.k is not None
-        return distance(schedule.mean, schedule.k), np.zeros(stop - start), (stop - start, 0.0)
+        return np.full(stop - start, distance(schedule.mean, schedule.k)), (stop - start, 0.0)
 
-    def merge(self, value: float) -> tuple[float, None, tuple[float, float]]:
+    def score(self, features: Any) -> tuple[tuple[float, Any], float]:
         """See `SamplerWorker`."""
-        return value, None, (value, 0.0)
-
-    def influences(self, _sensitivity: None, features: Any) -> tuple[Any, float]:
-        """See `SamplerWorker`."""
-        return features, 0.0
+        return (float(features[0]), np.zeros_like(features)), 0.0
 
 
 def new_job(store: Store, name: str) -> Job:

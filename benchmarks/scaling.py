@@ -2,15 +2,14 @@
 
     python -m benchmarks.scaling [JOB.yaml] [--images N] [--json]
 
-The trials are real ones: Ray Tune, the workers, moments and influences. The simulation is one of discrete events: calls
-are handed out one by one, each worker computes what it has, its moments travel to one worker that adds them up and
-takes the distance, and that one's derivative travels to all. It shows where more workers stop to help, and what holds
-them up; it knows nothing of hosts that fail or networks that are shared.
+The trials are real ones: Ray Tune, the workers, distances and influences. The simulation is one of discrete events:
+calls are handed out one by one, each worker computes what it has, and all features travel to one worker that takes the
+distance. It shows where more workers stop to help, and what holds them up; it knows nothing of hosts that fail or
+networks that are shared.
 """
 
 import heapq
 import logging
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,8 +110,8 @@ class Times:
     """Seconds that the simulation is made of.
 
     image: at a worker, per image. call: what handing out a call and taking its answer costs the trial's process.
-    message: moments from one worker to another. add: of one message to the sum. distance: with its derivative.
-    influences: of a call's images.
+    message: features of a block from one worker to another. add: moments and influences of a block. distance: with its
+    derivative.
     """
 
     image: float
@@ -120,7 +119,6 @@ class Times:
     message: float
     add: float
     distance: float
-    influences: float
 
 
 def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, float]:
@@ -128,20 +126,18 @@ def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, fl
     calls = tuner.units((images,), most, workers)
     free = [(0.0, w) for w in range(workers)]  # when each worker can begin
     driver, done = 0.0, []
-    load = [0] * workers
     for _, start, stop in calls:
         driver += times.call / 2
         ready, worker = heapq.heappop(free)
         end = max(ready, driver) + (stop - start) * times.image
         done.append(end)
-        load[worker] += 1
         heapq.heappush(free, (end, worker))
     answered = 0.0
     for end in sorted(done):
         answered = max(answered, end) + times.call / 2
-    merged = answered + len(calls) * (times.message * (workers > 1) + times.add) + times.distance
-    told = merged + min(workers, len(calls)) * times.message * (workers > 1)
-    return {"sampled": answered, "trial": told + max(load) * times.influences + len(calls) * times.call}
+    blocks = -(-images // BLOCK)
+    scored = blocks * (times.message * (workers > 1) + times.add) + times.distance
+    return {"sampled": answered, "trial": answered + times.call + scored}
 
 
 def simulated(times: Times, most: int) -> Found:
@@ -153,24 +149,27 @@ def simulated(times: Times, most: int) -> Found:
 
 
 def measured(dimension: int, device: torch.device, worker: Any, image: float) -> Times:
-    """The times of the simulation with features of some dimension, on random ones; a message also takes what a network
-    of 10 Gbit/s makes of it.
+    """The times of the simulation with float32 features of some dimension, on random ones; a message also takes what a
+    network of 10 Gbit/s makes of it.
     """
-    features = torch.randn(BLOCK, dimension, dtype=torch.float64, device=device)
-    moments = Moments.of(features).to("cpu")
-    many = Moments.of(torch.randn(2 * dimension, dimension, dtype=torch.float64, device=device)).to("cpu")
-    frechet = FrechetReference.of(Gaussian(many.mean, many.cov).to(device))
-    size = len(pickle.dumps(moments))
+    features = torch.randn(BLOCK, dimension, device=device)
+    sent = features.cpu().numpy()
+    many = Moments.of(torch.randn(2 * dimension, dimension, dtype=torch.float64, device=device))
+    frechet = FrechetReference.of(Gaussian.of(many))
     told: list[Sensitivity] = []
-    distance = once(lambda: (frechet.distance(many), told.append(Sensitivity.of(frechet, many).to("cpu"))))
-    sensitivity = told[0].to(device)
+    distance = once(lambda: (frechet.distance(many), told.append(Sensitivity.of(frechet, many))))
+    (sensitivity,) = told
+
+    def add() -> None:
+        owned = torch.tensor(sent, device=device)
+        _ = Moments.of(owned) + many, sensitivity.influences(owned).cpu()
+
     return Times(
         image=image,
         call=seconds(lambda: ray.get(worker.__ray_ready__.remote()), 20),
-        message=seconds(lambda: ray.get(ray.put(moments))) + size / _NETWORK,
-        add=seconds(lambda: moments + moments),
+        message=seconds(lambda: ray.get(ray.put(sent))) + sent.nbytes / _NETWORK,
+        add=seconds(add),
         distance=distance,
-        influences=seconds(lambda: sensitivity.influences(features).cpu()),
     )
 
 

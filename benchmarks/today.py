@@ -24,6 +24,7 @@ from objectives.features import NetworkExtractor
 from samplers.generate import Sampler
 from samplers.models.load import load_model
 from samplers.schedule import Schedule
+from search.spec import FRECHET
 
 _BATCH = 100  # images per call of the sampling and of the extractor: usual values are 50 to 256
 _LAYER = "features"
@@ -56,7 +57,8 @@ def measure(job: Path, images: int) -> Found:
     ours: list[float] = []
 
     def trial() -> None:
-        ours.append(evaluator.merge(evaluator.sample(case.sampling, schedule, 0, images).moments)[1])
+        found = evaluator.sample(case.sampling, schedule, 0, images)
+        ours.append(evaluator.score(FRECHET, None, [found.features])[0])
 
     found: Found = {"lamtune": seconds(trial)}
     plain = load_model(spec.model.format, spec.model.path, spec.model.options, spec.folder).to(case.device)

@@ -37,11 +37,13 @@ from benchmarks.common import (
     peaks,
     seconds,
 )
+from objectives.influence import Sensitivity
 from objectives.moments import Moments
 from samplers import noise
 from samplers.prediction import Prediction
 from samplers.schedule import Schedule
 from search.evaluator import BLOCK
+from search.spec import FRECHET
 
 NFES = (20, 100)
 _ROUNDS = 3
@@ -146,6 +148,11 @@ def split(case: Case, images: int) -> dict[str, float]:
     pictures = torch.randint(0, 256, (images, *model.image_shape), dtype=torch.uint8, device=device)
     features = torch.cat([evaluator.extractor(pictures[i : i + BLOCK]) for i in range(0, images, BLOCK)])
     moments = Moments.of(features)
+    sensitivity = Sensitivity.of(evaluator.frechet, moments)
+
+    def trial() -> None:
+        found = evaluator.sample(sampling, schedule, 0, images)
+        evaluator.score(FRECHET, None, [found.features])
 
     def draws() -> None:
         for part in torch.split(ids, sampler.size):
@@ -157,14 +164,15 @@ def split(case: Case, images: int) -> dict[str, float]:
             plan.run(lambda x, t: Prediction(answer.eps, answer.v), schedule, x, lambda t: x, None)
 
     parts: dict[str, Callable[[], object]] = {
-        "trial": lambda: evaluator.merge(evaluator.sample(sampling, schedule, 0, images).moments),
+        "trial": trial,
         "network": lambda: [network(x, t) for _ in range(calls) for t in range(nfe)],
         "solver": solve,
         "noise": draws,
         "pixels": lambda: [model.pixels(x) for _ in range(calls)],
         "features": lambda: [evaluator.extractor(p) for p in torch.split(pictures, BLOCK)],
-        "moments": lambda: Moments.of(features).to("cpu"),
-        "distance": lambda: evaluator.merge(moments),
+        "moments": lambda: Moments.of(features),
+        "distance": lambda: (evaluator.frechet.distance(moments), Sensitivity.of(evaluator.frechet, moments)),
+        "influences": lambda: sensitivity.influences(features).cpu(),
     }
     if model.gradient is not None:
         del parts["solver"]  # it would ask the classifier

@@ -55,10 +55,6 @@ class Sensitivity:
         offset = float((curve * generated.cov).sum()) * (moments.n - 1) / moments.n
         return cls(generated.mean, 2 * (generated.mean - real.mean), curve, offset)
 
-    def to(self, device: torch.device | str) -> Sensitivity:
-        """The same on `device`."""
-        return Sensitivity(self.mean.to(device), self.slope.to(device), self.curve.to(device), self.offset)
-
     def influences(self, features: Tensor) -> Tensor:
         """ψ of each image, [N] float64 in units of the distance, from its features [N, D] on the same device."""
         centred = features.to(torch.float64) - self.mean

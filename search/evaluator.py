@@ -4,7 +4,7 @@ All that happens on a GPU happens here. Knows nothing of Ray, Optuna or SQL; `se
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby, pairwise
@@ -61,10 +61,8 @@ def accelerator() -> torch.device:
 
 
 class Sampled(NamedTuple):
-    """What a range of images leaves: moments and features in the order of ids, and how many images were not in the
-    cache."""
+    """What a range of images leaves: features in the order of ids, and how many images were not in the cache."""
 
-    moments: Moments
     features: Features
     computed: int
 
@@ -180,9 +178,7 @@ class Evaluator:
                 for (a, b), features in zip(run, made, strict=True):
                     if b - a == BLOCK:
                         cache.save(a // BLOCK, features.cpu().numpy())
-        whole = torch.cat(parts)
-        moments = Moments.of(whole).to("cpu")
-        return Sampled(moments, whole.cpu().numpy(), computed)
+        return Sampled(torch.cat(parts).cpu().numpy(), computed)
 
     def _sampler(self, sampling: Solver, seed: int, parameters: Mapping[str, float] | None = None) -> Sampler:
         return Sampler(
@@ -193,15 +189,6 @@ class Evaluator:
             precision=getattr(torch, self.precision),
             micro_batch=self.micro_batch,
         )
-
-    def merge(self, *parts: Moments) -> tuple[Moments, float, Sensitivity]:
-        """The sum of moments of disjoint images, in the order given; its Fréchet distance to the reference, and the
-        derivative of that, which `influences` applies.
-
-        Raises NonFiniteError where features were not finite.
-        """
-        total = reduce(add, parts)
-        return total, self.frechet.distance(total), Sensitivity.of(self.frechet, total).to("cpu")
 
     def real(
         self, dataset: DatasetSpec, progress: Callable[[int, int], None] | None = None
@@ -231,16 +218,28 @@ class Evaluator:
         return known | measure([name for name in names if name != FRECHET], made, real)
 
     def score(
-        self, objective: str, real: Real | None, parts: Iterable[Features]
+        self, objective: str, real: Real | None, parts: Sequence[Features]
     ) -> tuple[float, NDArray[np.float64] | None]:
-        """A loss of `objectives.losses` and the influence [n] of each image on it; parts, real: see `metrics`."""
-        loss, influences = losses.measure(objective, self._generated(parts), real)
-        return loss, None if influences is None else influences.cpu().numpy()
+        """The objective and the influence [n] of each image on it, None where it has none; parts, real: see `metrics`.
+
+        objective: `frechet`, of which one part at a time is on the device, or one of `objectives.losses`. Raises
+        NonFiniteError where features are not finite.
+        """
+        if objective == FRECHET:
+            moments = reduce(add, (Moments.of(self._owned(part)) for part in parts))
+            distance, sensitivity = self.frechet.distance(moments), Sensitivity.of(self.frechet, moments)
+            influences = [sensitivity.influences(self._owned(part)) for part in parts]
+            return distance, torch.cat(influences).cpu().numpy()
+        loss, found = losses.measure(objective, self._generated(parts), real)
+        return loss, None if found is None else found.cpu().numpy()
 
     def _generated(self, parts: Iterable[Features]) -> Generated:
-        # Ray hands out read-only views of its object store: a tensor must own its memory.
-        features = torch.cat([torch.tensor(part, device=self.device) for part in parts])
+        features = torch.cat([self._owned(part) for part in parts])
         return Generated(features, self.extractor.logits(features))
+
+    def _owned(self, features: Features) -> Tensor:
+        # Ray hands out read-only views of its object store: a tensor must own its memory.
+        return torch.tensor(features, device=self.device)
 
     def picture(
         self, sampling: Solver, schedule: Schedule, seed: int, parameters: Mapping[str, float]
@@ -249,9 +248,3 @@ class Evaluator:
         count = 64 if max(self.model.image_shape) <= _SMALL else 16
         images = self._sampler(sampling, seed, parameters).images(schedule, 0, count)
         return figures.grid(images.cpu())
-
-    def influences(self, sensitivity: Sensitivity, features: Features) -> NDArray[np.float64]:
-        """How much each of these images moves the distance, [n]; see `objectives.influence`."""
-        # Ray hands out read-only views of its object store: a tensor must own its memory.
-        owned = torch.tensor(features, device=self.device)
-        return sensitivity.to(self.device).influences(owned).cpu().numpy()

@@ -367,7 +367,6 @@ def _run(
                                 watcher,
                                 rungs=spec.search.all_rungs,
                                 context=one.context,
-                                whole=spec.objective != FRECHET,
                                 metrics=spec.metrics,
                             )
                             tuner.run_trials(found, workers, one.sampling, resources.unit)

@@ -100,8 +100,8 @@ class Search:
     """A search in a single thread: `tuner.run_trials` calls it, the store and the study follow.
 
     rungs: image counts at which trials report, besides those that the strategy asks for. context: digest of all that
-    decides the numbers of an evaluation besides its λ, parameters and seed. whole: see `TrialConfig`. metrics: what is
-    measured besides the distance in the end of evaluations on fresh random numbers.
+    decides the numbers of an evaluation besides its λ, parameters and seed. metrics: what is measured besides the
+    distance in the end of evaluations on fresh random numbers.
     """
 
     def __init__(
@@ -113,11 +113,10 @@ class Search:
         *,
         rungs: Sequence[int],
         context: str,
-        whole: bool = False,
         metrics: Collection[str] = (),
     ) -> None:
         self._store, self._job, self._strategy, self._watcher = store, job, strategy, watcher
-        self._rungs, self._context, self._whole = tuple(rungs), context, whole
+        self._rungs, self._context = tuple(rungs), context
         self._metrics = frozenset(metrics)
         self._running: dict[str, _Running] = {}
         self._losses = 0
@@ -213,7 +212,6 @@ class Search:
                 key=key,
                 rungs=(*(rung for rung in rungs if rung < images), images),
                 racing=candidate.fresh,
-                whole=self._whole,
                 measured=candidate.fresh,
             )
         return None

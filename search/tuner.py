@@ -1,8 +1,8 @@
 """The Ray Tune side of a search: a thin trial that hands out image ranges, and a Searcher that asks the study.
 
 A trial holds no model and imports no torch. It gives ranges of image ids to the sampler workers, which may come late
-or die, merges their moments rung by rung on one of them, has each worker say how much its images move that distance,
-and reports both; only object references pass through it. Knows nothing of strategies, Optuna or SQL: those are behind
+or die, has one of them measure the distance of all features rung by rung, and how much each image moves it, and reports
+both; only references of features pass through it. Knows nothing of strategies, Optuna or SQL: those are behind
 `SearchLoop`.
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import ray
 from ray import tune
 from ray.actor import ActorHandle
@@ -41,9 +40,8 @@ class TrialConfig:
     """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
 
     rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
-    begun before the rung is known. key: of the feature cache, see `search.blocks`. whole: the objective is one of
-    `objectives.losses`, of all features at once and not of their moments. measured: in the end the job's further
-    metrics are computed and a picture is made.
+    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: in the end the job's
+    further metrics are computed and a picture is made.
     """
 
     schedule: Schedule
@@ -52,7 +50,6 @@ class TrialConfig:
     key: str
     rungs: tuple[int, ...]
     racing: bool
-    whole: bool = False
     measured: bool = False
 
 
@@ -102,8 +99,7 @@ class SearchLoop(Protocol):
 
 
 class _Call(NamedTuple):
-    """A call at a worker: what it does ("sample", then "merge" and "influences", or "score", and "conclude"), for which
-    images; how often it was lost."""
+    """A call at a worker: what it does ("sample", "score", "conclude"), for which images; how often it was lost."""
 
     kind: str
     rung: int
@@ -145,7 +141,7 @@ class Trial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self._config: TrialConfig = config["trial"]
         self._rung = 0  # the rung that is measured next, or now
-        self._distance = 0.0
+        self._score: tuple[float, Any] = 0.0, None  # of that rung: the distance and influences
         self._conclusion: tuple[Mapping[str, float] | None, bytes | None] = None, None
         self._computed = self._restarts = 0
         self._seconds = 0.0
@@ -159,15 +155,9 @@ class Trial(tune.Trainable):
         )
         self._load = dict.fromkeys(self._load, 0)
         self._pending: dict[Any, tuple[int, _Call]] = {}
-        self._made: dict[int, list[Any]] = {}  # first image → moments and features of a call in flight
-        self._moments: dict[int, tuple[int, Any]] = {}  # first image → (end, reference): in no sum yet
-        self._features: dict[int, tuple[int, int, Any]] = {}  # first image → (worker, end, reference)
-        self._sum: list[Any] = []  # total and sensitivity of the merge in flight
-        self._total: Any = None
-        self._summed = 0  # images in the total
-        self._sensitivity: Any = None
+        self._made: dict[int, Any] = {}  # first image → features of a call in flight
+        self._features: dict[int, tuple[int, Any]] = {}  # first image → (end, reference)
         self._measuring = False
-        self._influences: dict[int, Any] = {}  # of the rung that is measured: first image → numbers
         self._images = 0
 
     def step(self) -> dict[str, Any]:
@@ -197,30 +187,18 @@ class Trial(tune.Trainable):
             self._load[worker] -= 1
             self._seconds += seconds
             if call.kind == "sample":
-                moments, features = self._made.pop(call.start)
-                self._moments[call.start] = call.stop, moments
-                self._features[call.start] = worker, call.stop, features
+                self._features[call.start] = call.stop, self._made.pop(call.start)
                 self._images += call.stop - call.start
                 self._computed += value
                 self._measure()
                 return self._result()
-            if call.kind == "conclude":
-                self._conclusion = value
-                return self._rung_result()
-            if call.kind == "merge":
-                self._merged(value)
-                continue
             if call.kind == "score":
-                loss, influences = value
-                self._know(loss)
-                self._influences = {} if influences is None else {0: influences}
-            else:
-                self._influences[call.start] = value
-                if len(self._influences) < sum(end <= self._end for _, end, _ in self._features.values()):
+                self._score = value
+                if self._config.measured and self._rung == len(self._config.rungs) - 1:
+                    self._todo.appendleft(_Call("conclude", self._rung, 0, self._end))
                     continue
-            if self._config.measured and self._rung == len(self._config.rungs) - 1:
-                self._todo.appendleft(_Call("conclude", self._rung, 0, self._end))
-                continue
+            else:
+                self._conclusion = value
             return self._rung_result()
 
     # ---- workers that come and go
@@ -280,10 +258,8 @@ class Trial(tune.Trainable):
             if call.kind == "sample":
                 if self._load[worker] >= _IN_FLIGHT or (self._config.racing and call.rung > self._rung):
                     return
-            elif call.kind == "influences" and self._features[call.start][0] in self._load:
-                worker = self._features[call.start][0]  # features need not travel
-            elif call.kind in ("score", "conclude"):
-                worker = min(self._load)  # the same one while it lives: it has the real images' features
+            else:
+                worker = min(self._load)  # the same one while it lives: it may have the real images' features
             self._todo.popleft()
             self._pending[self._call(self._workers[worker], call)] = worker, call
             self._load[worker] += 1
@@ -293,27 +269,16 @@ class Trial(tune.Trainable):
         where it was made."""
         if call.kind == "sample":
             config = self._config
-            *self._made[call.start], cost = worker.sample.options(num_returns=3).remote(
+            self._made[call.start], cost = worker.sample.options(num_returns=2).remote(
                 *self._job, config.schedule, call.start, call.stop, config.seed, config.parameters, config.key
             )
             return cost
-        if call.kind == "merge":
-            # In the order of image ids, whoever computed them: sums do not depend on the workers.
-            parts = [self._moments[start][1] for start in sorted(self._moments) if start < call.stop]
-            if self._total is not None:
-                parts.insert(0, self._total)
-            *self._sum, distance = worker.merge.options(num_returns=3).remote(*parts)
-            return distance
+        # In the order of image ids, whoever computed them: sums do not depend on the workers.
+        parts = [self._features[start][1] for start in sorted(self._features) if start < call.stop]
         if call.kind == "score":
-            return worker.score.remote(*self._features_of(call.stop))
-        if call.kind == "conclude":
-            config, parts = self._config, self._features_of(call.stop)
-            return worker.conclude.remote(*self._job, config.schedule, config.seed, config.parameters, *parts)
-        return worker.influences.remote(self._sensitivity, self._features[call.start][2])
-
-    def _features_of(self, images: int) -> list[Any]:
-        """References of the features of the first images, in the order of ids."""
-        return [self._features[start][2] for start in sorted(self._features) if start < images]
+            return worker.score.remote(*parts)
+        config = self._config
+        return worker.conclude.remote(*self._job, config.schedule, config.seed, config.parameters, *parts)
 
     @property
     def _end(self) -> int:
@@ -324,33 +289,18 @@ class Trial(tune.Trainable):
         """Start on the next rung if its images are all there; one at a time, so that rungs end in order."""
         if self._measuring or self._rung == len(self._config.rungs):
             return
-        there = sum(stop - start for start, (stop, _) in self._moments.items() if start < self._end)
-        if self._summed + there < self._end:
-            return
-        self._measuring, self._influences = True, {}
-        self._todo.appendleft(_Call("score" if self._config.whole else "merge", self._rung, 0, self._end))
-
-    def _merged(self, distance: float) -> None:
-        """The rung's distance is known: ask how much each of its images moves it."""
-        self._total, self._sensitivity = self._sum
-        self._know(distance)
-        for start, (_, stop, _) in self._features.items():
-            if stop <= self._end:
-                self._todo.appendleft(_Call("influences", self._rung, start, stop))
-
-    def _know(self, distance: float) -> None:
-        """The rung has its distance, and its moments have served."""
-        self._distance, self._summed = distance, self._end
-        for start in [start for start in self._moments if start < self._end]:
-            del self._moments[start]
+        there = sum(stop - start for start, (stop, _) in self._features.items() if start < self._end)
+        if there == self._end:
+            self._measuring = True
+            self._todo.appendleft(_Call("score", self._rung, 0, self._end))
 
     def _rung_result(self) -> dict[str, Any]:
-        parts = [self._influences[start] for start in sorted(self._influences)]
+        distance, influences = self._score
         images, self._rung, self._measuring = self._end, self._rung + 1, False
         self._measure()
         return self._result(
-            distance=self._distance,
-            influence=block_means(np.concatenate(parts)) if parts else None,
+            distance=distance,
+            influence=None if influences is None else block_means(influences),
             images=images,
             metrics=self._conclusion[0],
             picture=self._conclusion[1],

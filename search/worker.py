@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from objectives.influence import Sensitivity
     from objectives.metrics import Real
-    from objectives.moments import Moments
     from objectives.reference import Reference
     from samplers.sampling import Solver
     from samplers.schedule import Schedule
@@ -69,19 +67,13 @@ class SamplerWorker:
         seed: int,
         parameters: Mapping[str, float],
         key: str,
-    ) -> tuple[Moments, Features, tuple[int, float]]:
+    ) -> tuple[Features, tuple[int, float]]:
         """See Evaluator.sample; the last item is the number of images that were computed, and the seconds."""
         began = time.perf_counter()
-        moments, features, computed = self._evaluator.sample(
+        features, computed = self._evaluator.sample(
             sampling, schedule, start, stop, seed=seed, parameters=parameters, key=key
         )
-        return moments, features, (computed, time.perf_counter() - began)
-
-    def merge(self, *parts: Moments) -> tuple[Moments, Sensitivity, tuple[float, float]]:
-        """See Evaluator.merge; the last item is the distance, and the seconds."""
-        began = time.perf_counter()
-        total, distance, sensitivity = self._evaluator.merge(*parts)
-        return total, sensitivity, (distance, time.perf_counter() - began)
+        return features, (computed, time.perf_counter() - began)
 
     def conclude(
         self,
@@ -106,10 +98,12 @@ class SamplerWorker:
 
     def score(self, *parts: Features) -> tuple[tuple[float, NDArray[np.float64] | None], float]:
         """The job's objective, from features in the order of ids, see Evaluator; and the seconds."""
+        from search.spec import FRECHET
+
         began = time.perf_counter()
         objective = self._spec.objective
-        found = self._evaluator.score(objective, self._real_for((objective,)), parts)
-        return found, time.perf_counter() - began
+        real = self._real_for(() if objective == FRECHET else (objective,))
+        return self._evaluator.score(objective, real, parts), time.perf_counter() - began
 
     def _real_for(self, names: Collection[str]) -> Real | None:
         """The real images' features, which the driver has cached, where a metric needs them; loaded once."""
@@ -119,8 +113,3 @@ class SamplerWorker:
             features, _ = self._evaluator.real(self._spec.dataset)
             self._real = Real.of(features.to(self._device))
         return self._real
-
-    def influences(self, sensitivity: Sensitivity, features: Features) -> tuple[NDArray[np.float64], float]:
-        """See Evaluator.influences; and the seconds."""
-        began = time.perf_counter()
-        return self._evaluator.influences(sensitivity, features), time.perf_counter() - began

@@ -1,6 +1,5 @@
-"""Streamed moments: sums that add up, and what travels when they are pickled."""
+"""Streamed moments: sums that add up."""
 
-import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -58,26 +57,6 @@ def test_a_mean_of_a_thousand_standard_deviations_leaves_the_covariance_eight_di
     x = features(2000, 8)
     shifted = Moments.of(x + 1000 * x.std()).cov
     torch.testing.assert_close(shifted, Moments.of(x).cov, rtol=0, atol=1e-8 * float(x.var()))
-
-
-def test_pickled_moments_travel_as_arrays_outside_of_the_pickle_stream() -> None:
-    moments = Moments.of(features(20, 64))
-    buffers: list[pickle.PickleBuffer] = []
-    stream = pickle.dumps(moments, protocol=5, buffer_callback=buffers.append)
-    assert len(stream) < 1000
-    assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * (64 + 64 * 64)
-    # Ray gives the receiver read-only memory.
-    arrived = pickle.loads(stream, buffers=[bytes(buffer.raw()) for buffer in buffers])
-    assert arrived.n == 20
-    assert torch.equal(arrived.sum, moments.sum)
-    assert torch.equal(arrived.outer, moments.outer)
-    assert (arrived + moments).n == 40
-
-
-def test_moments_move_between_devices() -> None:
-    moved = Moments.of(features(5, 3)).to("meta")
-    assert moved.sum.device.type == moved.outer.device.type == "meta"
-    assert moved.n == 5
 
 
 def test_too_few_images_for_a_mean_or_a_covariance_are_named() -> None:

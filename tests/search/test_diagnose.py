@@ -97,7 +97,8 @@ def test_the_distance_is_that_of_a_search(found: Diagnosis, tmp_path: Path) -> N
     spec = job(tmp_path)
     evaluator = Evaluator.load(spec, CPU)
     sampled = evaluator.sample(spec.sampling[0], Schedule.uniform(5, 1.0), 0, 700)
-    assert found.schedules[0].distance == pytest.approx(evaluator.frechet.distance(sampled.moments), rel=1e-9)
+    moments = Moments.of(torch.tensor(sampled.features))
+    assert found.schedules[0].distance == pytest.approx(evaluator.frechet.distance(moments), rel=1e-9)
 
 
 def test_a_diagnosis_is_read_again_and_drawn(found: Diagnosis, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ RUNGS = (10, 25, 60)
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class Counter:
-    """A worker whose moments are a list of image ids, so that every image can be accounted for.
+    """A worker whose features are image ids, so that every image can be accounted for.
 
     behaviour: `after`, a file without which it does not get ready; `cannot`, why it cannot load; `slow`, seconds a
     call; `log`, a file that gets a line per call; `dies`: the first image of calls that kill its process, unless the
@@ -53,8 +53,7 @@ class Counter:
             raise NonFiniteError("images that are not finite")
         if schedule == "broken":
             raise RuntimeError("out of memory")
-        images = list(range(start, stop))
-        return images, np.array(images, float), (len(images) - 1, 0.5)
+        return np.arange(start, stop, dtype=float), (stop - start - 1, 0.5)
 
     def burn(self, call):
         with suppress(FileNotFoundError), open(self.behaviour.get("fuse", "")) as fuse:
@@ -62,14 +61,11 @@ class Counter:
                 os.remove(fuse.name)
                 os._exit(1)
 
-    def merge(self, *parts):
-        self.burn("merge")
-        together = [image for part in parts for image in part]
-        return together, 1000.0, (float(together == list(range(len(together)))) * len(together), 8.0)
-
-    def influences(self, sensitivity, features):
-        self.burn("influences")
-        return sensitivity + features, 0.125
+    def score(self, *parts):
+        self.burn("score")
+        together = np.concatenate(parts)
+        count = len(together)
+        return (float(np.array_equal(together, np.arange(count))) * count, 1000.0 + together), 8.0
 
     def conclude(self, sampling, schedule, seed, parameters, *parts):
         self.burn("conclude")
@@ -208,8 +204,7 @@ def test_a_trial_reports_each_rung_once_in_order_with_all_its_images_and_their_i
         calls = units(RUNGS, 7)
         seconds = [p.seconds for p in told]
         assert seconds == sorted(seconds)
-        asked = sum(stop <= end for end in RUNGS for _, _, stop in calls)  # for influences, at each rung anew
-        assert seconds[-1] == 0.5 * len(calls) + 8.0 * len(RUNGS) + 0.125 * asked
+        assert seconds[-1] == 0.5 * len(calls) + 8.0 * len(RUNGS)
         assert told[-1].computed == 60 - len(calls)
     assert loop.ends == [("a", None), ("b", None)]
 
@@ -254,7 +249,7 @@ def test_a_worker_that_dies_costs_its_calls_in_flight_and_works_again(workers, t
     assert len(sampled) - len(set(sampled)) <= tuner._IN_FLIGHT
 
 
-@pytest.mark.parametrize("call", ["merge", "influences", "conclude"])
+@pytest.mark.parametrize("call", ["score", "conclude"])
 def test_a_worker_that_dies_after_its_images_changes_nothing(workers, tmp_path, call):
     fuse = tmp_path / "fuse"
     fuse.write_text(call)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.jobs import GAUSS
+from objectives.moments import Moments
 from samplers.errors import InputError
 from samplers.schedule import Schedule
 from search.evaluator import Evaluator
@@ -42,12 +43,11 @@ def test_a_network_that_has_changed_since_the_driver_read_it_is_refused(worker, 
 def test_every_call_says_how_long_it_took(worker, loaded, spec, forget):
     worker.load(loaded.reference, loaded.model.fingerprint)
     (sampling,), schedule = spec.sampling, Schedule.uniform(3, 1.0)
-    moments, features, (computed, sampled) = worker.sample(sampling, schedule, 0, 50, 0, {}, "key")
-    assert (moments.n, len(features), computed) == (50, 50, 50)
-    total, sensitivity, (distance, merged) = worker.merge(moments)
-    assert (total.n, distance) == (50, loaded.frechet.distance(moments))
-    influences, told = worker.influences(sensitivity, features)
+    features, (computed, sampled) = worker.sample(sampling, schedule, 0, 50, 0, {}, "key")
+    assert (len(features), computed) == (50, 50)
+    (distance, influences), scored = worker.score(features)
+    assert distance == loaded.frechet.distance(Moments.of(torch.tensor(features)))
     assert influences.shape == (50,)
     (metrics, picture), concluded = worker.conclude(sampling, schedule, 0, {}, features)
     assert (metrics, picture[1:4]) == ({}, b"PNG")
-    assert all(0 < seconds < 60 for seconds in (sampled, merged, told, concluded))
+    assert all(0 < seconds < 60 for seconds in (sampled, scored, concluded))
