@@ -417,7 +417,7 @@ def _ray(address: Literal["local", "auto"]) -> Iterator[None]:
 @contextmanager
 def _claimed(store: Store, job: Job) -> Iterator[None]:
     """Hold a job while it runs, with a heartbeat, and record how it ended."""
-    if not store.claim(job.id, stale_after=_STALE_S):
+    if not _lasting(partial(store.claim, job.id, stale_after=_STALE_S)):
         raise LamtuneError(
             f"job {job.id} is being run by another process; if that one was killed, try again in {_STALE_S:.0f} s"
         )

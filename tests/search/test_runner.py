@@ -588,6 +588,7 @@ def test_a_database_that_is_restarted_before_or_after_a_search_is_waited_for(tmp
 
     for owner, name in (
         (runner, "_search"),
+        (Store, "claim"),
         (runner, "_start"),
         (Store, "set_status"),
         (runner.dashboard, "publish"),
@@ -600,4 +601,4 @@ def test_a_database_that_is_restarted_before_or_after_a_search_is_waited_for(tmp
         for one in restarts:
             one.join()
     assert job.status == "finished"
-    assert killed == ["_search", "_start", "set_status", "publish", "_result"]
+    assert killed == ["_search", "claim", "_start", "set_status", "publish", "_result"]
