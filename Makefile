@@ -31,6 +31,8 @@ pictures: .venv/ready
 	$(BIN)/lamtune diagnose search/demo.yaml --schedule best --late 6,4,2
 	$(BIN)/lamtune report --model digits --dataset digits --nfe 8 -o docs/digits.md --plots docs/pictures
 
+# Threads of the tests sleep while they wait, as those of workers do (search/pool.py).
+test: export OMP_WAIT_POLICY = PASSIVE
 test: .venv/ready
 	$(BIN)/python -m pytest
 

@@ -187,6 +187,8 @@ def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resourc
     worker that cannot load, where no other is ready before. fingerprint: of the network that all must find.
     """
     needs = dict(resources.needs)
+    # Threads that wait for each other sleep: where others use the processors too, spinning takes what it waits for.
+    threading = {"OMP_NUM_THREADS": str(resources.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     actor = ray.remote(SamplerWorker).options(
         num_cpus=needs.pop("CPU"),
         num_gpus=needs.pop("GPU"),
@@ -194,7 +196,7 @@ def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resourc
         label_selector=dict(resources.labels),
         max_restarts=_RESTARTS,
         max_task_retries=0,  # a call that dies goes to another worker
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
+        runtime_env={"env_vars": threading},
     )
     actors: list[Any] = [
         actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
