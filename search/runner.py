@@ -141,15 +141,14 @@ def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
 def _real(spec: JobSpec, evaluator: Evaluator, progress: Callable[[int, int], None]) -> str | None:
     """Check the job's objective and metrics, and cache the real images' features for the workers where one needs them;
     returns the digest of those that the reference statistics are not of. Raises InputError."""
-    objective = () if spec.objective == FRECHET else (spec.objective,)
-    names = (*objective, *spec.metrics)
+    names = (*spec.losses, *spec.metrics)
     if not names:
         return None
     images = has_images(spec.dataset.images or spec.dataset.reference)
     logits = evaluator.extractor.head is not None
     check("metrics", spec.metrics, real=images, logits=logits)
-    check("objective", objective, real=images, logits=logits)
-    if objective and not LOSSES[spec.objective].error_bars and spec.search.strategy != "paper":
+    check("objective", spec.losses, real=images, logits=logits)
+    if spec.losses and not LOSSES[spec.objective].error_bars and spec.search.strategy != "paper":
         raise InputError(
             f"objective: {spec.objective} has no error bars, which search.strategy {spec.search.strategy} needs: "
             "give strategy: paper"

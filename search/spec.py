@@ -173,6 +173,11 @@ class JobSpec(_Section):
         return self._folder
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """The objective where it is one of `objectives.losses`, else nothing."""
+        return () if self.objective == FRECHET else (self.objective,)
+
+    @property
     def files(self) -> dict[str, Path]:
         """The key of every text that names a file or folder which exists here, and where that is.
 

@@ -98,12 +98,9 @@ class SamplerWorker:
 
     def score(self, *parts: Features) -> tuple[tuple[float, NDArray[np.float64] | None], float]:
         """The job's objective, from features in the order of ids, see Evaluator; and the seconds."""
-        from search.spec import FRECHET
-
         began = time.perf_counter()
-        objective = self._spec.objective
-        real = self._real_for(() if objective == FRECHET else (objective,))
-        return self._evaluator.score(objective, real, parts), time.perf_counter() - began
+        found = self._evaluator.score(self._spec.objective, self._real_for(self._spec.losses), parts)
+        return found, time.perf_counter() - began
 
     def _real_for(self, names: Collection[str]) -> Real | None:
         """The real images' features, which the driver has cached, where a metric needs them; loaded once."""
