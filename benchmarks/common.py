@@ -24,8 +24,9 @@ from samplers.cache import cache_root
 from samplers.generate import Sampler
 from samplers.prediction import Predict
 from samplers.sampling import Solver
+from samplers.schedule import Schedule
 from search.evaluator import Evaluator, accelerator
-from search.spec import JobSpec, load
+from search.spec import FRECHET, JobSpec, load
 
 DEMO = Path(__file__).parents[1] / "search" / "demo.yaml"
 Found = dict[str, Any]
@@ -64,6 +65,12 @@ class Case:
     def at(self, nfe: int) -> "Case":
         """The same with another number of evaluations."""
         return replace(self, sampling=replace(self.sampling, nfe=nfe))
+
+    def trial(self, images: int) -> float:
+        """The distance of λ = 1, as one worker samples and measures it; nothing comes from a cache."""
+        one = self.evaluator
+        found = one.sample(self.sampling, Schedule.uniform(self.sampling.nfe, 1.0), 0, images)
+        return one.score(FRECHET, None, [found.features])[0]
 
     def batch(self, count: int) -> Tensor:
         """Start states of the images 0 … count − 1."""

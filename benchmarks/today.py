@@ -24,7 +24,6 @@ from objectives.features import NetworkExtractor
 from samplers.generate import Sampler
 from samplers.models.load import load_model
 from samplers.schedule import Schedule
-from search.spec import FRECHET
 
 _BATCH = 100  # images per call of the sampling and of the extractor: usual values are 50 to 256
 _LAYER = "features"
@@ -56,11 +55,7 @@ def measure(job: Path, images: int) -> Found:
     schedule = Schedule.uniform(case.sampling.nfe, 1.0)
     ours: list[float] = []
 
-    def trial() -> None:
-        found = evaluator.sample(case.sampling, schedule, 0, images)
-        ours.append(evaluator.score(FRECHET, None, [found.features])[0])
-
-    found: Found = {"lamtune": seconds(trial)}
+    found: Found = {"lamtune": seconds(lambda: ours.append(case.trial(images)))}
     plain = load_model(spec.model.format, spec.model.path, spec.model.options, spec.folder).to(case.device)
     sampler = Sampler(plain, case.sampling, case.device, evaluator.seed, torch.float32, _BATCH)
     real = evaluator.reference.gaussian()

@@ -43,7 +43,6 @@ from samplers import noise
 from samplers.prediction import Prediction
 from samplers.schedule import Schedule
 from search.evaluator import BLOCK
-from search.spec import FRECHET
 
 NFES = (20, 100)
 _ROUNDS = 3
@@ -150,10 +149,6 @@ def split(case: Case, images: int) -> dict[str, float]:
     moments = Moments.of(features)
     sensitivity = Sensitivity.of(evaluator.frechet, moments)
 
-    def trial() -> None:
-        found = evaluator.sample(sampling, schedule, 0, images)
-        evaluator.score(FRECHET, None, [found.features])
-
     def draws() -> None:
         for part in torch.split(ids, sampler.size):
             for t in range(nfe):
@@ -164,7 +159,7 @@ def split(case: Case, images: int) -> dict[str, float]:
             plan.run(lambda x, t: Prediction(answer.eps, answer.v), schedule, x, lambda t: x, None)
 
     parts: dict[str, Callable[[], object]] = {
-        "trial": trial,
+        "trial": lambda: case.trial(images),
         "network": lambda: [network(x, t) for _ in range(calls) for t in range(nfe)],
         "solver": solve,
         "noise": draws,
