@@ -18,7 +18,7 @@ from rich.console import Console
 from sqlalchemy import Engine, event
 
 from benchmarks.jobs import GAUSS
-from benchmarks.servers import postgresql, postgresql_programs
+from benchmarks.servers import WORKER, postgresql, postgresql_programs, title
 from samplers.errors import InputError, LamtuneError
 from search import runner
 from search.spec import parse
@@ -290,7 +290,7 @@ def workers_killed(*calls):
             while left and time.monotonic() < until:
                 for process in mine:
                     with suppress(psutil.Error):
-                        if "".join(process.cmdline()).startswith(f"ray::SamplerWorker.{left[0]}"):
+                        if title(process).startswith(f"{WORKER}.{left[0]}"):
                             process.kill()
                             left.pop(0)
                             break

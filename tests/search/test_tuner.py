@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 
+from benchmarks.servers import title
 from objectives.paired import block_means
 from samplers.errors import InputError, LamtuneError, NonFiniteError
 from search import tuner
@@ -275,7 +276,7 @@ def test_a_trial_whose_own_process_is_killed_is_told_as_lost_without_a_traceback
         while True:
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
-                    if "".join(process.cmdline()).startswith("ray::ResourceTrainable"):
+                    if title(process).startswith("ray::ResourceTrainable"):
                         return process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
