@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import time
 from contextlib import suppress
 from functools import partial
@@ -19,6 +20,7 @@ BUSY_SECONDS = 30
 
 _CONNECT_SECONDS = 10
 _AGAIN_SECONDS = 0.5
+_BUSY_AGAIN_SECONDS = 0.01
 _FORMS = (
     "write sqlite:///FILE.db or postgresql://USER:PASSWORD@HOST/NAME, "
     "with signs like @ and / in the password percent-encoded"
@@ -143,9 +145,26 @@ def wait_for(engine: Engine, seconds: float) -> None:
 def _sqlite_connected(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver's own late BEGIN cannot say IMMEDIATE; see _sqlite_begin
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+    _write_ahead(cursor)
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _write_ahead(cursor: Any) -> None:
+    """Have readers not wait for a writer.
+
+    The mode stays with the file; the one statement that changes it fails at once, whatever the timeout, where
+    another connection is about to do the same.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+            time.sleep(_BUSY_AGAIN_SECONDS)
 
 
 def _sqlite_begin(connection: Connection) -> None:

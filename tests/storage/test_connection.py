@@ -1,11 +1,13 @@
 import os
 import shutil
+import sqlite3
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from sqlalchemy import make_url
@@ -171,3 +173,16 @@ def test_the_environment_names_the_store_and_else_it_is_here(
         assert store.safe_url == "sqlite:///other.db"
     assert (tmp_path / "other.db").is_file()
     assert not (tmp_path / "lamtune.db").exists()
+
+
+def test_a_new_file_that_another_connection_holds_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "store.db"
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = Timer(0.3, other.rollback)
+    release.start()
+    with open_store(f"sqlite:///{file}") as store:
+        assert release.finished.is_set()
+        assert store.jobs() == ()
+    release.join()
+    other.close()
