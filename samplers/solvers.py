@@ -94,6 +94,8 @@ def _ancestral_step(
     if clip:
         x0 = x0.clamp(-1, 1)
     mean = weight_x0 * x0 + weight_x * x
+    if z is None and push is None:  # a logarithm that is not used would be compiled for this one value of it
+        return mean
     log = None
     if v is not None:
         part = (v + 1) / 2

@@ -285,22 +285,26 @@ def test_the_steps_are_compiled_for_all_evaluations_and_change_the_image_by_roun
     start = torch.randn(5, 3, 4, 4, generator=generator)
     draws = torch.randn(19, 5, 3, 4, 4, generator=generator)
 
-    def sample() -> Tensor:
+    def sample(nfe: int) -> Tensor:
         if solver == "heun" or solver == "euler":
-            levels = sigma_grid(19, method=solver, churn=Churn(amount=5.0))
+            levels = sigma_grid(nfe, method=solver, churn=Churn(amount=5.0))
             return edm(predict, levels.start * start, levels, lambda t: draws[t])
-        grid = discrete_grid(training_betas("linear", 1000), "19")
+        grid = discrete_grid(training_betas("linear", 1000), str(nfe))
         if solver == "ddim":
             return ddim(predict, start, grid, lambda t: draws[t], eta=0.5)
         return ddpm(predict, start, grid, lambda t: draws[t], variance="learned_range")
 
-    plain = sample()
+    plain = sample(19)
     torch.compiler.reset()
     for name in ("_ancestral_step", "_ddim_step", "_euler_step", "_corrected"):
         step = inspect.unwrap(getattr(solvers, name))
         monkeypatch.setattr(solvers, name, torch.compile(step, dynamic=True, backend=counting))
-    torch.testing.assert_close(sample(), plain, rtol=0, atol=2e-6 * float(plain.abs().max()))
+    torch.testing.assert_close(sample(19), plain, rtol=0, atol=2e-6 * float(plain.abs().max()))
     assert 0 < len(compiled) <= graphs
+    known = len(compiled)
+    for nfe in (17, 11, 5):
+        sample(nfe)
+    assert len(compiled) == known
 
 
 def test_no_solver_reads_a_value_back_from_the_device() -> None:
