@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,6 +123,9 @@ def kernels(case: Case) -> dict[str, float]:
             torch.cuda.synchronize()
     found: defaultdict[str, float] = defaultdict(float)
     for event in seen.key_averages():
+        # On a GPU the kernels themselves: what launched them, and notes about them, would count their time again.
+        if gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
         taken = event.self_device_time_total if gpu else event.self_cpu_time_total
         if taken > 0:
             found[purpose(event.key)] += taken
