@@ -84,7 +84,7 @@ class Function:
         assert schedule.k is not None
         return np.full(stop - start, distance(schedule.mean, schedule.k)), (stop - start, 0.0)
 
-    def score(self, features: Any) -> tuple[tuple[float, Any], float]:
+    def score(self, images: int, features: Any) -> tuple[tuple[float, Any], float]:
         """See `SamplerWorker`."""
         return (float(features[0]), np.zeros_like(features)), 0.0
 
@@ -118,7 +118,7 @@ def ours(url: str, trials: int) -> None:
     """A search as it runs, but for the worker."""
     with open_store(url) as store:
         found = search(store, "tune", trials)
-        run_trials(found, Workers([Function.remote()], ()), None, IMAGES)
+        run_trials(found, Workers([Function.remote()], (), 1), None, IMAGES)
         found.check()
         assert len(store.evaluations(1)) == trials
 

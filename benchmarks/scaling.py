@@ -121,15 +121,15 @@ class Times:
     distance: float
 
 
-def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, float]:
-    """Seconds of one trial: until all is sampled, and in all."""
-    calls = tuner.units((images,), most, workers)
+def simulate(times: Times, workers: int, images: int, most: int, grain: int) -> dict[str, float]:
+    """Seconds of one trial: until all is sampled, and in all. A network call of fewer images takes as long."""
+    calls = tuner.units((images,), most, workers, grain)
     free = [(0.0, w) for w in range(workers)]  # when each worker can begin
     driver, done = 0.0, []
     for _, start, stop in calls:
         driver += times.call / 2
         ready, worker = heapq.heappop(free)
-        end = max(ready, driver) + (stop - start) * times.image
+        end = max(ready, driver) + -(-(stop - start) // grain) * grain * times.image
         done.append(end)
         heapq.heappush(free, (end, worker))
     answered = 0.0
@@ -140,11 +140,11 @@ def simulate(times: Times, workers: int, images: int, most: int) -> dict[str, fl
     return {"sampled": answered, "trial": answered + times.call + scored}
 
 
-def simulated(times: Times, most: int) -> Found:
+def simulated(times: Times, most: int, grain: int) -> Found:
     """What the simulation says of these times."""
     return {
         "times": asdict(times),
-        "trials": {n: {w: simulate(times, w, n, most) for w in SIMULATED} for n in TOTALS},
+        "trials": {n: {w: simulate(times, w, n, most, grain) for w in SIMULATED} for n in TOTALS},
     }
 
 
@@ -208,7 +208,7 @@ def measure(job: Path, images: int) -> Found:
                         image = here["workers"][1]["image"]
                         for dimension in dict.fromkeys((case.evaluator.extractor.dim, INCEPTION)):
                             times = measured(dimension, case.device, workers.actors[0], image)
-                            here["simulated"][dimension] = simulated(times, resources.unit)
+                            here["simulated"][dimension] = simulated(times, resources.unit, workers.grain)
             finally:
                 pool.stop_workers(workers)
     return found

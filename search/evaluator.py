@@ -78,7 +78,7 @@ class Evaluator:
     device: torch.device
     seed: int
     precision: Precision
-    micro_batch: int | None
+    micro_batch: int
 
     @classmethod
     def load(
@@ -127,13 +127,18 @@ class Evaluator:
             device=device,
             seed=spec.search.seed,
             precision=number_type,
-            micro_batch=sampler.micro_batch,
+            micro_batch=sampler.size,
         )
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of what makes two distances comparable: the extractor and the reference statistics."""
         return hashlib.sha256(f"{self.extractor.fingerprint} {self.reference.digest}".encode()).hexdigest()
+
+    @property
+    def grain(self) -> int:
+        """The images up to which a network call is filled: fewer would take as long."""
+        return self.micro_batch if self.device.type == "cuda" else 1
 
     def sample(
         self,

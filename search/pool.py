@@ -7,7 +7,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from search.spec import JobSpec
 from search.tuner import Workers
 from search.worker import SamplerWorker
 
-# Images per call: enough that the call costs nothing beside its work, few enough that a lost one is no loss.
+# Images per call to a worker: enough that it costs nothing beside its work, few enough that a lost one is no loss.
 _UNIT = {"cuda": 8 * BLOCK, "cpu": 2 * BLOCK}
 _RESTARTS = 20  # how often a worker is started again that died, or lost its node
 
@@ -201,14 +201,13 @@ def start_workers(spec: JobSpec, reference: Reference, fingerprint: str, resourc
     actors: list[Any] = [
         actor.remote(spec, resources.device, resources.threads) for _ in range(resources.workers)
     ]
-    workers = Workers(actors, (ray.put(reference), fingerprint))
+    workers = Workers(actors, (ray.put(reference), fingerprint), grain=1)
     loading = [worker.load.remote(*workers.needs) for worker in actors]
     failure: Exception | None = None
     while loading:
         (one,), loading = ray.wait(loading, num_returns=1)
         try:
-            ray.get(one)
-            return workers
+            return replace(workers, grain=ray.get(one))
         except ray.exceptions.RayActorError as error:  # its process died, another one's may not
             failure = LamtuneError(f"the sampler workers died while they loaded the model: {error}")
         except ray.exceptions.RayTaskError as error:

@@ -39,8 +39,8 @@ _DIED = "its Tune process was killed; Ray does so itself where a machine has too
 class TrialConfig:
     """What a trial evaluates: a schedule and numbers of the solver, on which random numbers, up to which rungs.
 
-    rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so nothing beyond is
-    begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: in the end the job's
+    rungs: image counts, ascending; the last one ends it. racing: it may be stopped at a rung, so no call beyond
+    is begun before the rung is known. key: of the feature cache, see `search.blocks`. measured: in the end the job's
     further metrics are computed and a picture is made.
     """
 
@@ -71,10 +71,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Sampler workers, ready or not (see `worker.SamplerWorker`), and what their `load` takes."""
+    """Sampler workers, ready or not (see `worker.SamplerWorker`), what their `load` takes, and what it answers: the
+    images up to which their network calls are filled."""
 
     actors: Sequence[ActorHandle[Any]]
     needs: Sequence[Any]
+    grain: int
 
 
 class SearchLoop(Protocol):
@@ -125,8 +127,10 @@ class Trial(tune.Trainable):
         needs: Sequence[Any] = (),
         job: Sequence[Any] = (),
         unit: int = 1,
+        grain: int = 1,
     ) -> None:
-        self._workers, self._needs, self._job, self._unit = list(workers), needs, list(job), unit
+        self._workers, self._needs, self._job = list(workers), needs, list(job)
+        self._unit, self._grain = unit, grain
         self._load: dict[int, int] = {}  # calls in flight of every worker that is ready
         self._joining: dict[Any, int] = {}  # reference of a call to load → worker
         self._last = ""  # why a worker is out for good
@@ -151,7 +155,7 @@ class Trial(tune.Trainable):
         """Begin with the first image; what was reported stays so."""
         self._todo = deque(
             _Call("sample", rung, start, stop)
-            for rung, start, stop in units(self._config.rungs, self._unit, len(self._workers))
+            for rung, start, stop in units(self._config.rungs, self._unit, len(self._workers), self._grain)
         )
         self._load = dict.fromkeys(self._load, 0)
         self._pending: dict[Any, tuple[int, _Call]] = {}
@@ -276,7 +280,7 @@ class Trial(tune.Trainable):
         # In the order of image ids, whoever computed them: sums do not depend on the workers.
         parts = [self._features[start][1] for start in sorted(self._features) if start < call.stop]
         if call.kind == "score":
-            return worker.score.remote(*parts)
+            return worker.score.remote(call.stop, *parts)
         config = self._config
         return worker.conclude.remote(*self._job, config.schedule, config.seed, config.parameters, *parts)
 
@@ -289,7 +293,9 @@ class Trial(tune.Trainable):
         """Start on the next rung if its images are all there; one at a time, so that rungs end in order."""
         if self._measuring or self._rung == len(self._config.rungs):
             return
-        there = sum(stop - start for start, (stop, _) in self._features.items() if start < self._end)
+        there = sum(
+            min(stop, self._end) - start for start, (stop, _) in self._features.items() if start < self._end
+        )
         if there == self._end:
             self._measuring = True
             self._todo.appendleft(_Call("score", self._rung, 0, self._end))
@@ -332,19 +338,24 @@ def _message(error: Exception) -> str:
     return str(cause) if isinstance(cause, LamtuneError) else f"{type(cause).__name__}: {cause}"
 
 
-def units(rungs: Sequence[int], unit: int, workers: int = 1) -> list[tuple[int, int, int]]:
+def units(rungs: Sequence[int], unit: int, workers: int = 1, grain: int = 1) -> list[tuple[int, int, int]]:
     """The calls that make up a trial: (rung index, first image, end), in order.
 
     Up to each rung so many workers get the same number of calls, of at most `unit` images and larger ones first, so
-    that all are done at about the same time. Calls begin and end at whole blocks of the cache where they can, and at
-    every second one where there is enough for all: a network call on a GPU has as many images, and no fewer.
+    that all are done at about the same time. Calls begin and end at whole blocks of the cache where they can.
+    grain: the images up to which network calls are filled; where those are whole blocks, calls are of whole grains, and
+    the last one up to a rung may go beyond it: with fewer images it would take as long.
     """
+    whole = grain if grain % _BLOCK == 0 else 1
+    grid = max(min(unit, _BLOCK), whole)
     calls, start = [], 0
-    for rung, end in enumerate(rungs):
-        grid = min(unit, 2 * _BLOCK if end - start >= workers * unit else _BLOCK)
+    for rung, asked in enumerate(rungs):
+        end = min(-(-asked // whole) * whole, rungs[-1])
+        if end <= start:
+            continue
         edges = [start, *range((start // grid + 1) * grid, end, grid), end]
         cells = len(edges) - 1
-        count = min(cells, workers * -(-cells // (workers * (unit // grid))))
+        count = min(cells, workers * -(-cells // (workers * max(1, unit // grid))))
         each, more = divmod(cells, count)
         at = [number * each + min(number, more) for number in range(count + 1)]
         calls += [(rung, edges[a], edges[b]) for a, b in pairwise(at)]
@@ -446,7 +457,8 @@ class _Reports(Stopper):
 def run_trials(loop: SearchLoop, workers: Workers, sampling: object, unit: int) -> None:
     """Run trials until the loop has finished; what it raises ends them. Ray must be initialised.
 
-    workers: every trial uses all of them, as they come. sampling: passed on to their `sample`. unit: images per call.
+    workers: every trial uses all of them, as they come. sampling: passed on to their `sample`. unit: images per call
+    to them.
     """
     kept = _Kept(loop)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a process that dies is ours to tell of
@@ -463,6 +475,7 @@ def run_trials(loop: SearchLoop, workers: Workers, sampling: object, unit: int) 
             needs=list(workers.needs),
             job=[ray.put(sampling)],
             unit=unit,
+            grain=workers.grain,
         ),
         # A trial only waits, so it takes no processor from the workers; Tune wants some resource to be named.
         {"node:__internal_head__": 0.001},

@@ -36,8 +36,9 @@ class SamplerWorker:
         self._loaded: Evaluator | None = None
         self._real: Real | None = None
 
-    def load(self, reference: Reference, fingerprint: str) -> None:
-        """Load everything, with statistics that the driver has read; nothing where that was done.
+    def load(self, reference: Reference, fingerprint: str) -> int:
+        """Load everything, with statistics that the driver has read; nothing where that was done. Returns its
+        grain.
 
         Raises InputError where the network is not the one with this fingerprint: a file may have changed meanwhile.
         """
@@ -50,6 +51,7 @@ class SamplerWorker:
                 where = f"{self._spec.model.path} on {platform.node()}"
                 raise InputError(f"model.path: {where} is not the network with which the job was started")
             self._loaded = loaded
+        return self._loaded.grain
 
     @property
     def _evaluator(self) -> Evaluator:
@@ -96,10 +98,13 @@ class SamplerWorker:
         picture = self._evaluator.picture(sampling, schedule, seed, parameters)
         return (metrics, picture), time.perf_counter() - began
 
-    def score(self, *parts: Features) -> tuple[tuple[float, NDArray[np.float64] | None], float]:
-        """The job's objective, from features in the order of ids, see Evaluator; and the seconds."""
+    def score(self, images: int, *parts: Features) -> tuple[tuple[float, NDArray[np.float64] | None], float]:
+        """The job's objective of the first so many images, from features in the order of ids, see Evaluator; and the
+        seconds. Of the last part some may be left over."""
         began = time.perf_counter()
-        found = self._evaluator.score(self._spec.objective, self._real_for(self._spec.losses), parts)
+        *whole, last = parts
+        whole.append(last[: images - sum(len(part) for part in whole)])
+        found = self._evaluator.score(self._spec.objective, self._real_for(self._spec.losses), whole)
         return found, time.perf_counter() - began
 
     def _real_for(self, names: Collection[str]) -> Real | None:

@@ -149,7 +149,7 @@ def test_on_a_gpu_an_image_has_the_same_bits_in_every_range():
 def test_on_a_gpu_a_call_takes_no_more_than_there_is_room_for(monkeypatch):
     gpu = torch.device("cuda")
     sampler = Sampler(load_model("digits", None, {}).to(gpu), DDPM("ddpm", 5), gpu)
-    assert sampler.fitted().size == 500
+    assert sampler.fitted().size == 1250
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**40))
     assert sampler.fitted().size < 50
     assert replace(sampler, micro_batch=300).fitted().size == 300

@@ -62,9 +62,10 @@ class Counter:
                 os.remove(fuse.name)
                 os._exit(1)
 
-    def score(self, *parts):
+    def score(self, images, *parts):
         self.burn("score")
-        together = np.concatenate(parts)
+        assert sum(map(len, parts[:-1])) < images
+        together = np.concatenate(parts)[:images]
         count = len(together)
         return (float(np.array_equal(together, np.arange(count))) * count, 1000.0 + together), 8.0
 
@@ -109,13 +110,13 @@ class Loop:
         return [p for s, p in self.told if s == schedule and p.distance is not None]
 
 
-def config(schedule, racing=False, measured=False):
+def config(schedule, racing=False, measured=False, rungs=None):
     return TrialConfig(
         schedule=schedule,
         parameters={"eta": 0.5},
         seed=3,
         key="key",
-        rungs=RUNGS,
+        rungs=rungs or RUNGS,
         racing=racing,
         measured=measured,
     )
@@ -128,7 +129,7 @@ def workers(local_ray):
 
     def make(*behaviours):
         made.extend(Counter.remote(**behaviour) for behaviour in behaviours)
-        return Workers(list(made), ("reference", "fingerprint"))
+        return Workers(list(made), ("reference", "fingerprint"), 1)
 
     yield make
     for actor in made:
@@ -139,10 +140,11 @@ def run(loop, found):
     run_trials(loop, found, {"delay": 0.003}, 7)
 
 
-def alone(found):
+def alone(found, unit=7, grain=1, **how):
     """A trial in this process, until it has ended: what it reported."""
     trial = Trial.__new__(Trial)
-    trial.setup({"trial": config("a")}, found.actors, found.needs, [{"delay": 0.003}], 7)
+    sampling = {"delay": 0.003}
+    trial.setup({"trial": config("a", **how)}, found.actors, found.needs, [sampling], unit, grain)
     results = []
     while not (results and results[-1]["done"]):
         results.append(trial.step())
@@ -164,8 +166,8 @@ def test_units_cover_every_image_once_and_stop_at_rungs():
     ("workers", "sizes"),
     [
         (1, [2000] * 5),
-        (2, [2000, 2000, 1500, 1500, 1500, 1500]),
-        (4, [1500] * 4 + [1000] * 4),
+        (2, [1750] * 4 + [1500] * 2),
+        (4, [1250] * 8),
         (8, [1250] * 8),
         (16, [750] * 8 + [500] * 8),
         (64, [250] * 40),
@@ -173,6 +175,40 @@ def test_units_cover_every_image_once_and_stop_at_rungs():
 )
 def test_units_give_every_worker_the_same_number_of_images(workers, sizes):
     assert [stop - start for _, start, stop in units([10_000], 2000, workers)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("grain", "workers", "calls"),
+    [
+        # The first rung lies within a call, and the second call goes beyond no rung.
+        (1250, 1, [(0, 0, 1250), (1, 1250, 2500), (2, 2500, 3750), (2, 3750, 4500)]),
+        (1250, 8, [(0, 0, 1250), (1, 1250, 2500), (2, 2500, 3750), (2, 3750, 4500)]),
+        (500, 1, [(0, 0, 1000), (1, 1000, 2500), (2, 2500, 4500)]),
+        (
+            500,
+            3,
+            [
+                *((0, 0, 500), (0, 500, 1000)),
+                *((1, 1000, 1500), (1, 1500, 2000), (1, 2000, 2500)),
+                *((2, 2500, 3500), (2, 3500, 4000), (2, 4000, 4500)),
+            ],
+        ),
+        # The first call has all images of the second rung, too.
+        (3000, 2, [(0, 0, 3000), (2, 3000, 4500)]),
+    ],
+)
+def test_units_are_whole_network_calls_where_those_are_whole_blocks(grain, workers, calls):
+    assert units([1000, 2500, 4500], 2000, workers, grain) == calls
+
+
+@pytest.mark.parametrize("racing", [False, True])
+def test_rungs_within_a_call_are_measured_on_their_own_images(workers, racing):
+    rungs = (300, 400, 700, 1500)
+    results = alone(workers({}, {}), 500, 500, racing=racing, rungs=rungs)
+    assert rungs_of(results) == [(n, float(n)) for n in rungs]
+    for r in results:
+        if r["distance"] is not None:
+            assert np.array_equal(r["influence"], block_means(1000.0 + np.arange(r["images"])))
 
 
 def test_units_end_at_whole_blocks_also_after_a_rung_that_does_not():
