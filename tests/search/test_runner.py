@@ -18,7 +18,7 @@ from rich.console import Console
 from sqlalchemy import Engine, event
 
 from benchmarks.jobs import GAUSS
-from benchmarks.servers import WORKER, postgresql, postgresql_programs, title
+from benchmarks.servers import WORKER, postgresql, postgresql_programs, sampler_workers, title
 from samplers.errors import InputError, LamtuneError
 from search import runner
 from search.spec import parse
@@ -363,6 +363,8 @@ def test_a_killed_driver_goes_on_where_it_stopped(tmp_path):
             time.sleep(0.05)
         else:
             pytest.fail("the second trial never started")
+        at_work = sampler_workers(psutil.Process(driver.pid))
+        assert {worker.nice() for worker in at_work} == {psutil.Process().nice()}
         children = psutil.Process(driver.pid).children(recursive=True)
         os.kill(driver.pid, signal.SIGKILL)
         for child in children:  # Ray's own processes of that driver
