@@ -122,7 +122,8 @@ class ResourcesSpec(_Section):
     What each of them gets: `gpus`, 0 to 1, auto: a whole one where there are GPUs (0.5: two workers share one);
     `cpus`, processor cores, auto: one where there is no GPU. Which nodes of a cluster will do: `custom`, amounts of
     Ray's own resources that a worker takes there; `labels`, labels that the node must have. `micro_batch`: images of a
-    network call, auto: by their size, and as many as fit into the GPU; a GPU's calls are filled up to it.
+    network call, auto: by their size (1,250 of 32×32), and as many as fit into the GPU. A GPU's calls are filled up to
+    it: where more than eight share a trial of 10,000 small images, a number that leaves a call for each is better.
     """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
