@@ -181,17 +181,24 @@ class Sampler:
     def _call(self, x: Tensor, time: float, labels: Tensor | None) -> Prediction:
         """The answer for one micro-batch at most."""
         count = len(x)
-        if self.device.type == "cuda" and count < self.size:
-            # Kernels are chosen, and compiled, for a shape: with one shape for all calls an image has the same bits
-            # in every range.
-            x = torch.cat([x, x.new_zeros(self.size - count, *x.shape[1:])])
-            labels = None if labels is None else torch.cat([labels, labels.new_zeros(self.size - count)])
+        if lacking := -count % grain(self.size, self.device):
+            x = torch.cat([x, x.new_zeros(lacking, *x.shape[1:])])
+            labels = None if labels is None else torch.cat([labels, labels.new_zeros(lacking)])
         if self.precision == torch.float32:
             answer = self.model(x, time, labels)
         else:
             with torch.autocast(self.device.type, self.precision):
                 answer = self.model(x, time, labels)
         return Prediction(answer.eps[:count], None if answer.v is None else answer.v[:count])
+
+
+def grain(size: int, device: torch.device) -> int:
+    """The images up to which a network call of at most `size` is filled: with fewer it would take as long.
+
+    On a GPU kernels are chosen, and compiled, for a shape: with one shape for all calls an image has the same bits in
+    every range.
+    """
+    return size if device.type == "cuda" else 1
 
 
 def observed(predict: Predict, observe: Observe) -> Predict:

@@ -23,7 +23,7 @@ from objectives.influence import Sensitivity
 from objectives.metrics import Generated, Real, measure
 from objectives.moments import Moments
 from objectives.reference import Reference, load_features, load_reference
-from samplers.generate import Sampler
+from samplers.generate import Sampler, grain
 from samplers.models.compiled import make_fast
 from samplers.models.load import load_model
 from samplers.models.protocol import Model
@@ -137,8 +137,8 @@ class Evaluator:
 
     @property
     def grain(self) -> int:
-        """The images up to which a network call is filled: fewer would take as long."""
-        return self.micro_batch if self.device.type == "cuda" else 1
+        """See `samplers.generate.grain`."""
+        return grain(self.micro_batch, self.device)
 
     def sample(
         self,
