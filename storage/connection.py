@@ -4,10 +4,11 @@ import json
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus
 
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url
@@ -15,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from samplers.errors import InputError
 
+_T = TypeVar("_T")
 BUSY_SECONDS = 30
 """How long a SQLite writer waits for another one to finish."""
 
@@ -130,14 +132,13 @@ def wait_for(engine: Engine, seconds: float) -> None:
     """Have an engine try to connect for so long where the database does not answer, or is starting."""
 
     def connect(dialect: Dialect, _record: object, words: list[Any], options: dict[str, Any]) -> Any:
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return dialect.connect(*words, **options)
-            except dialect.loaded_dbapi.OperationalError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(_AGAIN_SECONDS)
+        absent = dialect.loaded_dbapi.OperationalError
+        return _patiently(
+            lambda: dialect.connect(*words, **options),
+            lambda error: isinstance(error, absent),
+            seconds,
+            _AGAIN_SECONDS,
+        )
 
     event.listen(engine, "do_connect", connect)
 
@@ -156,15 +157,27 @@ def _write_ahead(cursor: Any) -> None:
     The mode stays with the file; the one statement that changes it fails at once, whatever the timeout, where
     another connection is about to do the same.
     """
-    deadline = time.monotonic() + BUSY_SECONDS
+    _patiently(lambda: cursor.execute("PRAGMA journal_mode=WAL"), _busy, BUSY_SECONDS, _BUSY_AGAIN_SECONDS)
+
+
+def _busy(error: Exception) -> bool:
+    return (
+        isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+    )
+
+
+def _patiently(
+    call: Callable[[], _T], passes: Callable[[Exception], bool], seconds: float, again: float
+) -> _T:
+    """What a call returns, tried `again` and again for so many seconds where it fails by what `passes`."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            cursor.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+            return call()
+        except Exception as error:
+            if not passes(error) or time.monotonic() >= deadline:
                 raise
-            time.sleep(_BUSY_AGAIN_SECONDS)
+        time.sleep(again)
 
 
 def _sqlite_begin(connection: Connection) -> None:
