@@ -9,10 +9,8 @@ networks that are shared.
 """
 
 import heapq
-import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -173,22 +171,13 @@ def measured(dimension: int, device: torch.device, worker: Any, image: float) ->
     )
 
 
-@contextmanager
-def _started() -> Iterator[None]:
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def measure(job: Path, images: int) -> Found:
     """Seconds of a trial over 1 … N workers for each NFE of the job, the simulation's times, and what it says."""
     case = load_case(job)
     spec, reference = case.spec, case.evaluator.reference
     resources = pool.available(spec, [pool.this_machine()])
     found: Found = {"device": resources.device, "ready": {}, "nfe": {}}
-    with scratch(), _started():
+    with scratch(), pool.connected("local"):
         for count in _counts(resources.workers):
             cores = "auto" if resources.needs["GPU"] else 1  # else fewer workers would have more threads each
             asked = spec.resources.model_copy(update={"workers": count, "cpus": cores})

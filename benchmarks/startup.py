@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import ray
-
 from benchmarks.common import Found, Part, grid, main, once, scratch
 from search import pool
 from search.evaluator import Evaluator, accelerator
@@ -41,14 +39,11 @@ def measure(job: Path, images: int) -> Found:
         del evaluator
         resources = pool.available(spec, [pool.this_machine()])
         began = time.perf_counter()
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        found["start Ray"] = time.perf_counter() - began
-        try:
+        with pool.connected("local"):
+            found["start Ray"] = time.perf_counter() - began
             found[f"start the first of {resources.workers} worker(s)"] = once(
                 lambda: pool.start_workers(spec, reference, network, resources)
             )
-        finally:
-            ray.shutdown()
     return found
 
 

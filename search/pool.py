@@ -1,15 +1,17 @@
-"""Starts and ends the sampler workers: as many Ray actors as there is room for; they outlive trials.
+"""Connects to Ray, and starts and ends the sampler workers: as many actors as there is room for; they outlive trials.
 
 Room is on this machine, or on a Ray cluster that several jobs share. Knows nothing of trials, strategies or the store.
 """
 
+import logging
 import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -60,6 +62,28 @@ class Resources:
     def unit(self) -> int:
         """Images per call to a worker."""
         return _UNIT[self.device]
+
+
+@contextmanager
+def connected(address: Literal["local", "auto"]) -> Iterator[None]:
+    """A Ray of our own on this machine or the cluster's, silent unless it fails; or the one that this process has."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's workers are nice: where other programs keep all processors busy they would get 3 % of one.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    no_dashboard = False if address == "local" else None  # of a cluster that runs it is not asked
+    try:
+        ray.init(
+            address=address, include_dashboard=no_dashboard, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except ConnectionError as error:
+        raise InputError(f"--cluster {address}: this machine belongs to no Ray cluster: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def this_machine() -> Node:

@@ -7,9 +7,7 @@ command line looks; it prints to the console that it is given.
 import _thread
 import hashlib
 import json
-import logging
 import math
-import os
 import platform
 import signal
 import sys
@@ -20,9 +18,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-import ray
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -84,7 +81,7 @@ def _submit(
 ) -> tuple[Job, ...]:
     """job: the one that `spec` must be; None: whatever the store makes of it."""
     console = console or Console()
-    attached = _ray("auto") if cluster else nullcontext()
+    attached = pool.connected("auto") if cluster else nullcontext()
     with open_store(store_url, patience=_PATIENCE_S) as store, store.only_writer(), attached:
         nodes = pool.cluster() if cluster else [pool.this_machine()]
         resources = pool.available(spec, nodes)
@@ -345,7 +342,7 @@ def _run(
     console: Console,
 ) -> None:
     with (
-        _ray("local"),
+        pool.connected("local"),
         console.status(f"starting {resources.workers} {resources.device} worker(s)") as status,
     ):
         workers = pool.start_workers(spec, reference, fingerprint, resources)
@@ -391,28 +388,6 @@ def _lasting(call: Callable[[], _T]) -> _T:
             lost = [*(then for then in lost if now - then < _PATIENCE_S), now]
             if len(lost) > _LOSSES:
                 raise
-
-
-@contextmanager
-def _ray(address: Literal["local", "auto"]) -> Iterator[None]:
-    """A Ray of our own on this machine or the cluster's, silent unless it fails; or the one that this process has."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's workers are nice: where other programs keep all processors busy they would get 3 % of one.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    no_dashboard = False if address == "local" else None  # of a cluster that runs it is not asked
-    try:
-        ray.init(
-            address=address, include_dashboard=no_dashboard, log_to_driver=False, logging_level=logging.ERROR
-        )
-    except ConnectionError as error:
-        raise InputError(f"--cluster {address}: this machine belongs to no Ray cluster: {error}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def local_ray(cache):
     """A Ray with at least four logical processors, shared by the tests that do not start one themselves."""
     if ray.is_initialized():
         ray.shutdown()
-    os.environ.setdefault("RAY_worker_niceness", "0")  # as in search.runner
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as in search.pool
     ray.init(
         address="local",
         num_cpus=max(4, len(os.sched_getaffinity(0))),  # a worker takes all cores of the machine

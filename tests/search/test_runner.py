@@ -157,7 +157,7 @@ def test_features_that_are_not_finite_fail_their_trial_and_not_the_search(tmp_pa
     ],
 )
 def test_what_cannot_run_is_refused_before_ray_starts(job, message, tmp_path, quiet, monkeypatch):
-    monkeypatch.setattr(runner.ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(runner.pool.ray, "init", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(InputError, match=message):
         runner.submit(parse(job, "job.yaml", tmp_path), f"sqlite:///{tmp_path}/s.db", quiet)
 
