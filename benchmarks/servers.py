@@ -211,7 +211,6 @@ class RayCluster:
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # as on one machine, see search.pool
             "OMP_NUM_THREADS": "1",
             **environment,
         }
