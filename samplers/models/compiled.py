@@ -1,4 +1,4 @@
-"""The fast form of a model on a GPU: weights cast once, and a compiled network.
+"""The fast form of a model on a GPU: weights cast once, a compiled network, and a decoder that rounds as it does.
 
 Knows nothing of solvers, and of a network only which of them are lamtune's own. On a processor a model stays as it is:
 there compilation takes longer than it saves.
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from samplers import compiling
 from samplers.models.dhariwal import DhariwalUNet
+from samplers.models.diffusers_model import Decoder
 from samplers.models.protocol import Model
 from samplers.models.song import SongUNet
 from samplers.models.unet import UNet
@@ -24,11 +25,13 @@ def make_fast(model: Model, device: torch.device, precision: torch.dtype) -> Non
 
     Changes the model in place; its answers change by rounding. A model without a torch module stays as it is.
     """
-    network = getattr(model, "network", None)
+    network, decoder = getattr(model, "network", None), getattr(model, "decoder", None)
     if device.type != "cuda" or not isinstance(network, nn.Module):
         return
     if precision != torch.float32 and isinstance(network, _OWN):
         cast_weights(network, precision)
+    if precision != torch.float32 and isinstance(decoder, Decoder):
+        decoder.convolutions = "tf32"
     model.network = Compiled(network)  # type: ignore[attr-defined]
 
 

@@ -24,7 +24,7 @@ _PIXELS_AT_ONCE = 2**21  # what the decoder makes in one call: 32 images of 256Ã
 class DiffusersModel:
     """A denoiser of the library as a `Model`; see there. It runs in float32 unless autocast says otherwise.
 
-    guidance: its scale, and the label that stands for no class. decoder: from latents to images in [-1, 1], in float32.
+    guidance: its scale, and the label that stands for no class. decoder: from latents to images in [-1, 1].
     """
 
     time: Literal["discrete"] = "discrete"
@@ -134,10 +134,16 @@ class ClassContext(nn.Module):
 
 
 class Decoder:
-    """The second half of a VQModel or AutoencoderKL."""
+    """The second half of a VQModel or AutoencoderKL, in float32.
+
+    convolutions: on GPUs that have it, "tf32" gives their factors the 10 bits of float16's mantissa and float32's
+    range, which the activations of some decoders need. The choice of a VQModel's codes is not a convolution, and stays
+    exact.
+    """
 
     def __init__(self, network: Any) -> None:
         self.network = network
+        self.convolutions: Literal["ieee", "tf32"] = "ieee"
         self._scale: float = network.config.scaling_factor
         self._shift: float = network.config.get("shift_factor") or 0.0
 
@@ -151,4 +157,9 @@ class Decoder:
         _, height, width = self.image_shape((1, *x.shape[-2:]))
         size = max(1, _PIXELS_AT_ONCE // (height * width))
         parts = (x[i : i + size] / self._scale + self._shift for i in range(0, len(x), size))
-        return torch.cat([self.network.decode(part, return_dict=False)[0] for part in parts])
+        conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before, conv.fp32_precision = conv.fp32_precision, self.convolutions
+        try:
+            return torch.cat([self.network.decode(part, return_dict=False)[0] for part in parts])
+        finally:
+            conv.fp32_precision = before

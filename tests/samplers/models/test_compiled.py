@@ -108,3 +108,16 @@ def test_a_model_on_a_processor_stays_as_it_is():
     network = model.network
     make_fast(model, torch.device("cpu"), torch.float32)
     assert model.network is network
+
+
+@pytest.mark.parametrize(
+    ("precision", "convolutions"),
+    [(torch.float16, "tf32"), (torch.bfloat16, "tf32"), (torch.float32, "ieee")],
+)
+def test_a_decoder_rounds_its_convolutions_only_where_the_network_is_rounded(
+    folders, precision, convolutions
+):
+    path = folders.pipeline(unet=folders.unet(), vqvae=folders.vq())
+    model = load_model("diffusers", path.name, {}, path.parent)
+    make_fast(model, torch.device("cuda"), precision)
+    assert model.decoder.convolutions == convolutions

@@ -61,9 +61,9 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def agree(fast: Tensor, exact: Tensor) -> None:
+def agree(fast: Tensor, exact: Tensor, tolerance: float = TOLERANCE) -> None:
     assert (fast.dtype, exact.dtype) == (torch.float32, torch.float64)
-    assert float((fast.double().cpu() - exact).abs().max()) <= TOLERANCE * float(exact.abs().max())
+    assert float((fast.double().cpu() - exact).abs().max()) <= tolerance * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -132,8 +132,9 @@ def test_a_network_of_diffusers(kind: str, folders: Any) -> None:
         agree(answer(network.to(GPU), x.float().to(GPU)), exact)
 
 
+@pytest.mark.parametrize(("convolutions", "tolerance"), [("ieee", TOLERANCE), ("tf32", 2e-3)])
 @pytest.mark.parametrize("kind", ["vq", "kl"])
-def test_a_decoder_of_diffusers(kind: str, folders: Any) -> None:
+def test_a_decoder_of_diffusers(kind: str, convolutions: Any, tolerance: float, folders: Any) -> None:
     pytest.importorskip("diffusers")
     network, x = getattr(folders, kind)(), normal(3, 4, 4, 4)
     if kind == "vq":  # near its codes: halfway between two of them rounding decides which one is taken
@@ -142,7 +143,9 @@ def test_a_decoder_of_diffusers(kind: str, folders: Any) -> None:
         x = network.config.scaling_factor * (x + 1e-3 * normal(3, 3, 4, 4))
     with torch.no_grad():
         exact = Decoder(copy.deepcopy(network).double())(x)
-        agree(Decoder(network.to(GPU))(x.float().to(GPU)), exact)
+        decoder = Decoder(network.to(GPU))
+        decoder.convolutions = convolutions
+        agree(decoder(x.float().to(GPU)), exact, tolerance)
 
 
 def test_the_statistics_of_analytic_dpm() -> None:

@@ -17,6 +17,7 @@ from samplers.errors import InputError
 from samplers.generate import Sampler
 from samplers.grids import training_betas
 from samplers.models.diffusers_folder import load_diffusers
+from samplers.models.diffusers_model import Decoder
 from samplers.models.load import load_model
 from samplers.prediction import Prediction
 from samplers.sampling import DDIM, LDM, Diffusers
@@ -295,6 +296,31 @@ def test_vq_latents_are_decoded_as_the_library_s_pipeline_does(folders: Any) -> 
         pixels = model.pixels(final).permute(0, 2, 3, 1).numpy()
     assert np.mean(np.abs(pixels.astype(int) - np.rint(wanted * 255).astype(int)) <= 1) == 1
     assert np.mean(pixels == np.rint(wanted * 255)) > 0.99
+
+
+@pytest.mark.parametrize("convolutions", ["ieee", "tf32"])
+def test_a_decoder_s_convolutions_round_as_asked_and_nothing_else_does(
+    folders: Any, monkeypatch: pytest.MonkeyPatch, convolutions: Any
+) -> None:
+    decoder = Decoder(folders.vq())
+    decoder.convolutions = convolutions
+    conv: Any = torch.backends.cudnn.conv
+    before, matmul, seen = conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, []
+    other = "tf32" if convolutions == "ieee" else "ieee"
+
+    def decode(latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        seen.append((conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(decoder.network, "decode", decode)
+    try:
+        conv.fp32_precision = other
+        with pytest.raises(RuntimeError, match="out of memory"):
+            decoder(LATENTS[:, :3])
+        assert conv.fp32_precision == other
+    finally:
+        conv.fp32_precision = before
+    assert seen == [(convolutions, matmul)]
 
 
 @pytest.mark.parametrize("shift", [None, 0.1])
