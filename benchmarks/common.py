@@ -110,10 +110,11 @@ def once(call: Callable[[], object]) -> float:
 
 
 def peaks() -> Found:
-    """Bytes: the most that this process and its children had on the host, and on the device since it was reset."""
+    """Bytes: the most that this process and its children had on the host, and that torch took of the device since it
+    was reset, with the memory of CUDA graphs."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    device = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
     return {"host_peak": host, "largest_child_peak": children, "device_peak": device}
 
 

@@ -8,6 +8,8 @@ pool of pixels, so the features cost nothing here that Inception's would. On a G
 
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +106,17 @@ CASES: Mapping[str, tuple[Callable[[Path], dict[str, Any]], int, str]] = {
 
 def measure(job: Path, images: int) -> Found:
     """`trial.measure` of each, at NFE 20 on the images of one call. Nothing where there is no GPU."""
-    return {name: _measured(*case) for name, case in CASES.items()} if torch.cuda.is_available() else {}
+    return {name: _alone(name) for name in CASES} if torch.cuda.is_available() else {}
 
 
-def _measured(write: Callable[[Path], dict[str, Any]], size: int, solver: str) -> Found:
+def _alone(name: str) -> Found:
+    """In a process of its own, as a worker's is: what one leaves in the GPU's memory would be lacking the next."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_measured, name).result()
+
+
+def _measured(name: str) -> Found:
+    write, size, solver = CASES[name]
     with scratch() as folder:
         with (
             warnings.catch_warnings()
