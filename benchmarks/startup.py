@@ -3,7 +3,7 @@
     python -m benchmarks.startup [JOB.yaml] [--json]
 
 Imports and loading are timed in processes of their own: the first with an empty cache (statistics of the real images,
-and compilation on a GPU), the second with what the first one left.
+and compilation on a GPU), the second with what the first one left. So are workers.
 """
 
 import os
@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import Found, Part, grid, main, once, scratch
+import torch
+
+from benchmarks.common import Found, Part, grid, main, scratch
 from search import pool
-from search.evaluator import Evaluator, accelerator
+from search.evaluator import Evaluator
 from search.spec import load
 
 _IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
@@ -34,16 +36,16 @@ def measure(job: Path, images: int) -> Found:
         found["load, nothing cached"] = _child(_LOAD, str(job))
         found["load, cached"] = _child(_LOAD, str(job))
         spec = load(job)
-        evaluator = Evaluator.load(spec, accelerator())
-        reference, network = evaluator.reference, evaluator.model.fingerprint
-        del evaluator
-        resources = pool.available(spec, [pool.this_machine()])
+        evaluator = Evaluator.load(spec, torch.device("cpu"))
+        asked = evaluator.reference, evaluator.model.fingerprint, pool.available(spec, [pool.this_machine()])
         began = time.perf_counter()
         with pool.connected("local"):
             found["start Ray"] = time.perf_counter() - began
-            found[f"start the first of {resources.workers} worker(s)"] = once(
-                lambda: pool.start_workers(spec, reference, network, resources)
-            )
+            for which in ("the first worker", "the first worker of the next job"):
+                began = time.perf_counter()
+                workers = pool.start_workers(spec, *asked)
+                found[f"start {which}"] = time.perf_counter() - began
+                pool.stop_workers(workers)
     return found
 
 
