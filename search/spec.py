@@ -38,8 +38,8 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The network: `format` names the adapter, `path` its checkpoint (or factory), `options` its flags.
 
-    precision: of its arithmetic, by autocast; the state stays float32 or float64, and a decoder of latents float32, with
-    TF32 convolutions beside half precision. See `evaluator.precision`.
+    precision: of its arithmetic, by autocast, see `evaluator.precision`; the state stays float32 or float64, and a
+    decoder of latents float32, with TF32 convolutions beside half precision.
     """
 
     name: str = Field(min_length=1)
