@@ -136,14 +136,14 @@ class ClassContext(nn.Module):
 class Decoder:
     """The second half of a VQModel or AutoencoderKL, in float32.
 
-    convolutions: on GPUs that have it, "tf32" gives their factors the 10 bits of float16's mantissa and float32's
-    range, which the activations of some decoders need. The choice of a VQModel's codes is not a convolution, and stays
-    exact.
+    convolutions: "tf32" gives their factors, on GPUs that have it, the 10 bits of float16's mantissa and float32's
+    range, which the activations of some decoders need; the choice of a VQModel's codes is no convolution, and stays
+    exact. None: as torch is set.
     """
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        self.convolutions: Literal["ieee", "tf32"] = "ieee"
+        self.convolutions: Literal["tf32"] | None = None
         self._scale: float = network.config.scaling_factor
         self._shift: float = network.config.get("shift_factor") or 0.0
 
@@ -158,7 +158,8 @@ class Decoder:
         size = max(1, _PIXELS_AT_ONCE // (height * width))
         parts = (x[i : i + size] / self._scale + self._shift for i in range(0, len(x), size))
         conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before, conv.fp32_precision = conv.fp32_precision, self.convolutions
+        before = conv.fp32_precision
+        conv.fp32_precision = self.convolutions or before
         try:
             return torch.cat([self.network.decode(part, return_dict=False)[0] for part in parts])
         finally:

@@ -112,7 +112,7 @@ def test_a_model_on_a_processor_stays_as_it_is():
 
 @pytest.mark.parametrize(
     ("precision", "convolutions"),
-    [(torch.float16, "tf32"), (torch.bfloat16, "tf32"), (torch.float32, "ieee")],
+    [(torch.float16, "tf32"), (torch.bfloat16, "tf32"), (torch.float32, None)],
 )
 def test_a_decoder_rounds_its_convolutions_only_where_the_network_is_rounded(
     folders, precision, convolutions
