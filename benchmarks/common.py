@@ -135,6 +135,8 @@ def scratch(*, compiled: bool = True) -> Iterator[Path]:
         code = cache_root() if compiled else Path(folder)
         places = {"LAMTUNE_CACHE": folder, "TORCHINDUCTOR_CACHE_DIR": str(code / "compiled")}
         with patch.dict(os.environ, places):
+            # torch has set it beside its own, where something was compiled before.
+            os.environ.pop("TRITON_CACHE_DIR", None)
             yield Path(folder)
 
 
