@@ -3,7 +3,7 @@
     python -m benchmarks.startup [JOB.yaml] [--json]
 
 Imports and loading are timed in processes of their own: the first with an empty cache (statistics of the real images,
-and compilation on a GPU), the second with what the first one left. So are workers.
+and compilation on a GPU), the second with what the first one left. Workers start twice, as two jobs have them.
 """
 
 import os

@@ -23,6 +23,7 @@ from benchmarks.common import Found, Part, grid, load_case, main, once, seconds
 from objectives.features import NetworkExtractor
 from samplers.generate import Sampler
 from samplers.models.load import load_model
+from samplers.rounding import float32
 from samplers.schedule import Schedule
 
 _BATCH = 100  # images per call of the sampling and of the extractor: usual values are 50 to 256
@@ -60,7 +61,6 @@ def measure(job: Path, images: int) -> Found:
     sampler = Sampler(plain, case.sampling, case.device, evaluator.seed, torch.float32, _BATCH)
     real = evaluator.reference.gaussian()
     theirs: dict[str, Any] = {}
-    conv: Any = torch.backends.cudnn.conv
 
     def sample(count: int) -> None:
         parts = [sampler.images(schedule, i, min(i + _BATCH, count)) for i in range(0, count, _BATCH)]
@@ -90,12 +90,9 @@ def measure(job: Path, images: int) -> Found:
             other = {"mu": real.mean.cpu().numpy(), "sigma": real.cov.cpu().numpy()}
             theirs["distance"] = fid_statistics_to_metric(theirs["statistics"], other, verbose=False)
 
-        before, conv.fp32_precision = conv.fp32_precision, "tf32" if gpu else conv.fp32_precision
-        try:
+        with float32(convolutions="tf32"):
             sample(_BATCH)  # algorithms are chosen in the first call
             found["sampling"] = once(lambda: sample(images))
-        finally:
-            conv.fp32_precision = before
         found["PNG files"] = once(write)
         found["torch-fidelity: read, features"] = once(read)
         found["torch-fidelity: distance"] = once(distance)

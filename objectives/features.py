@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers.errors import InputError
+from samplers.rounding import float32
 
 DIGITS = "digits"
 DIGITS_WEIGHTS = Path(__file__).with_name("digits-features.pt")
@@ -113,14 +114,13 @@ class NetworkExtractor:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Deterministic convolutions, and no TF32 for float32; the caller's settings come back after."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    conv = cudnn.conv  # type: ignore[attr-defined]
-    before = conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic
-    conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic = "ieee", "ieee", True
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
     try:
-        yield
+        with float32(convolutions="ieee", products="ieee"):
+            yield
     finally:
-        conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic = before
+        cudnn.deterministic = before
 
 
 class DigitsFeatures(nn.Module):

@@ -28,10 +28,11 @@ def make_fast(model: Model, device: torch.device, precision: torch.dtype) -> Non
     network, decoder = getattr(model, "network", None), getattr(model, "decoder", None)
     if device.type != "cuda" or not isinstance(network, nn.Module):
         return
-    if precision != torch.float32 and isinstance(network, _OWN):
-        cast_weights(network, precision)
-    if precision != torch.float32 and isinstance(decoder, Decoder):
-        decoder.convolutions = "tf32"
+    if precision != torch.float32:
+        if isinstance(network, _OWN):
+            cast_weights(network, precision)
+        if isinstance(decoder, Decoder):
+            decoder.convolutions = "tf32"
     model.network = Compiled(network)  # type: ignore[attr-defined]
 
 

@@ -16,6 +16,7 @@ from samplers.ldm import classifier_free
 from samplers.models.process import Process
 from samplers.models.protocol import Variance
 from samplers.prediction import Prediction, to_epsilon
+from samplers.rounding import Rounding, float32
 
 Answer = Literal["epsilon", "x0", "v"]
 _PIXELS_AT_ONCE = 2**21  # what the decoder makes in one call: 32 images of 256×256
@@ -136,14 +137,13 @@ class ClassContext(nn.Module):
 class Decoder:
     """The second half of a VQModel or AutoencoderKL, in float32.
 
-    convolutions: "tf32" gives their factors, on GPUs that have it, the 10 bits of float16's mantissa and float32's
-    range, which the activations of some decoders need; the choice of a VQModel's codes is no convolution, and stays
-    exact. None: as torch is set.
+    convolutions: how they are rounded, see `samplers.rounding`: TF32 has float32's range, which the activations of some
+    decoders need. The choice of a VQModel's codes is no convolution, and stays exact.
     """
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        self.convolutions: Literal["tf32"] | None = None
+        self.convolutions: Rounding | None = None
         self._scale: float = network.config.scaling_factor
         self._shift: float = network.config.get("shift_factor") or 0.0
 
@@ -157,10 +157,5 @@ class Decoder:
         _, height, width = self.image_shape((1, *x.shape[-2:]))
         size = max(1, _PIXELS_AT_ONCE // (height * width))
         parts = (x[i : i + size] / self._scale + self._shift for i in range(0, len(x), size))
-        conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before = conv.fp32_precision
-        conv.fp32_precision = self.convolutions or before
-        try:
+        with float32(convolutions=self.convolutions):
             return torch.cat([self.network.decode(part, return_dict=False)[0] for part in parts])
-        finally:
-            conv.fp32_precision = before

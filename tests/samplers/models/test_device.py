@@ -22,6 +22,7 @@ from samplers.models.diffusers_model import ClassContext, Decoder
 from samplers.models.digits import FLAGS, WEIGHTS
 from samplers.models.song import SongArchitecture, SongUNet
 from samplers.models.unet import Architecture, Classifier, UNet
+from samplers.rounding import float32
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
@@ -50,11 +51,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def no_tf32() -> Iterator[None]:
-    conv: Any = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    yield
-    conv.fp32_precision = before
+    with float32(convolutions="ieee"):
+        yield
 
 
 def normal(*shape: int) -> Tensor:

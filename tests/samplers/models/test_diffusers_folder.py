@@ -20,6 +20,7 @@ from samplers.models.diffusers_folder import load_diffusers
 from samplers.models.diffusers_model import Decoder
 from samplers.models.load import load_model
 from samplers.prediction import Prediction
+from samplers.rounding import float32
 from samplers.sampling import DDIM, LDM, Diffusers
 from samplers.scaling import scaled
 from samplers.schedule import Schedule
@@ -305,20 +306,17 @@ def test_a_decoder_s_convolutions_round_as_asked_and_nothing_else_does(
     decoder = Decoder(folders.vq())
     decoder.convolutions = convolutions
     conv: Any = torch.backends.cudnn.conv
-    before, matmul, seen = conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, []
+    matmul, seen = torch.backends.cuda.matmul.fp32_precision, []
 
     def decode(latents: Tensor, return_dict: bool) -> tuple[Tensor]:
         seen.append((conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(decoder.network, "decode", decode)
-    try:
-        conv.fp32_precision = "ieee"
+    with float32(convolutions="ieee"):
         with pytest.raises(RuntimeError, match="out of memory"):
             decoder(LATENTS[:, :3])
         assert conv.fp32_precision == "ieee"
-    finally:
-        conv.fp32_precision = before
     assert seen == [(rounded, matmul)]
 
 
